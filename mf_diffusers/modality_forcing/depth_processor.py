@@ -1,0 +1,201 @@
+"""Depth maps to depth tokens and back: unit mean, contraction, patches (paper, depth representation)."""
+
+import os
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+
+logger = logging.get_logger(__name__)
+
+
+def contract(depth: torch.Tensor) -> torch.Tensor:
+    """mip-NeRF 360 contraction of non-negative depth to [0, 2): x up to 1, ``2 - 1/x`` above."""
+    return torch.where(depth <= 1, depth, 2 - 1 / depth.clamp(min=1))
+
+
+def uncontract(contracted: torch.Tensor) -> torch.Tensor:
+    """Inverse of [`contract`] for values below 2."""
+    return torch.where(contracted <= 1, contracted, 1 / (2 - contracted.clamp(min=1)))
+
+
+class DepthProcessor(ConfigMixin):
+    r"""
+    Turns depth maps into the tokens that the transformer sees, and its tokens back into depth maps.
+
+    A map is divided by the mean over its own valid pixels, contracted to [0, 2), and cut into square patches; missing
+    pixels are filled with Gaussian noise. All of it is invertible on the valid pixels, up to the scale of the map.
+
+    Args:
+        patch_size (`int`, defaults to 16): Side of a depth token in pixels.
+        near (`float`, defaults to 1e-3):
+            Smallest relative depth (1 = mean of the map) that [`postprocess`] returns; nearer pixels are not valid.
+        far (`float`, defaults to 1000.0):
+            Largest relative depth that [`postprocess`] returns; farther pixels (sky) are clamped to it and not valid.
+    """
+
+    config_name = "depth_processor_config.json"
+
+    @register_to_config
+    def __init__(self, patch_size: int = 16, near: float = 1e-3, far: float = 1000.0):
+        super().__init__()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs):
+        """Loads the processor that `save_pretrained` wrote, from a folder or a Hub repository."""
+        config, kwargs, _ = cls.load_config(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            return_unused_kwargs=True,
+            return_commit_hash=True,
+            **kwargs,
+        )
+        return cls.from_config(config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Writes `depth_processor_config.json` into `save_directory`."""
+        self.save_config(save_directory, **kwargs)
+
+    def to_tensor(self, depth) -> torch.Tensor:
+        """
+        Args:
+            depth: a map or a batch of maps in any positive unit. `torch.Tensor` of shape (H, W), (B, H, W) or
+                (B, 1, H, W); `np.ndarray` of shape (H, W), (B, H, W) or (B, H, W, 1); `PIL.Image.Image` with one
+                channel (modes "I;16", "I", "F", "L"); or a list of these, all of one size.
+
+        Returns:
+            `torch.Tensor` of shape (B, 1, H, W), float32.
+
+        Raises:
+            ValueError: a shape or kind that is not in the list, an empty map, or maps of different sizes.
+        """
+        if isinstance(depth, (list, tuple)):
+            maps = [self.to_tensor(one) for one in depth]
+            sizes = {tuple(one.shape[-2:]) for one in maps}
+            if len(sizes) != 1:
+                raise ValueError(f"The depth maps of a batch must share one size, got {sorted(sizes)} (H, W).")
+            return torch.cat(maps)
+        if isinstance(depth, PIL.Image.Image):
+            if len(depth.getbands()) != 1 or depth.mode == "P":
+                raise ValueError(
+                    f"A depth map has one channel, but this picture has mode {depth.mode!r}. A coloured depth picture "
+                    "carries no depth values: give the raw depth (16-bit PNG, EXR, npy) instead."
+                )
+            depth = np.array(depth)
+        if getattr(depth, "dtype", None) in (np.uint8, torch.uint8):
+            logger.warning("The depth map has 8 bits, so at most 256 levels: expect visible steps in the geometry.")
+        if isinstance(depth, np.ndarray):
+            depth = torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))
+            if depth.ndim == 4 and depth.shape[-1] == 1:
+                depth = depth.permute(0, 3, 1, 2)
+        if not isinstance(depth, torch.Tensor):
+            raise ValueError(f"Depth must be a torch.Tensor, np.ndarray, PIL image or a list of these, got {type(depth)}.")
+        if depth.ndim == 2:
+            depth = depth[None]
+        if depth.ndim == 3:
+            depth = depth[:, None]
+        if depth.ndim != 4 or depth.shape[1] != 1 or depth.numel() == 0:
+            raise ValueError(
+                f"Depth must have shape (H, W), (B, H, W) or (B, 1, H, W) and at least one pixel, got {tuple(depth.shape)}."
+            )
+        return depth.float()
+
+    def normalize(
+        self, depth: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            depth (`torch.Tensor` of shape (B, 1, H, W)): any positive unit; 0, negative, NaN and inf mean missing.
+            mask (`torch.Tensor` of shape (B, 1, H, W), *optional*): False where a pixel is missing besides those.
+
+        Returns:
+            Contracted depth (B, 1, H, W) in [0, 2), 0 where missing; validity (B, 1, H, W), bool; and the scale (B,)
+            by which the relative depth was divided: the mean of the valid pixels, 1 where a map has none.
+        """
+        valid = torch.isfinite(depth) & (depth > 0)
+        if mask is not None:
+            valid = valid & mask.bool()
+        depth = torch.where(valid, depth, 0.0)
+        count = valid.sum(dim=(1, 2, 3))
+        scale = torch.where(count > 0, depth.sum(dim=(1, 2, 3)) / count.clamp(min=1), 1.0)
+        return contract(depth / scale.view(-1, 1, 1, 1)), valid, scale
+
+    def preprocess(
+        self,
+        depth: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Depth maps to depth tokens.
+
+        Args:
+            depth (`torch.Tensor` of shape (H, W) or (B, 1, H, W)): see [`to_tensor`] and [`normalize`].
+            mask (`torch.Tensor` of the shape of `depth`, *optional*): False where a pixel is missing.
+            height, width (`int`, *optional*): size to resample to (nearest, so that no depth is invented between a
+                surface and what lies behind it); default: the map's own size. Multiples of `patch_size`.
+            generator: source of the noise that fills the missing pixels.
+
+        Returns:
+            Tokens (B, N, p*p), validity per pixel (B, 1, height, width) and scale (B,).
+        """
+        depth = self.to_tensor(depth)
+        if mask is not None:
+            mask = mask if isinstance(mask, torch.Tensor) else torch.from_numpy(np.array(mask))
+            mask = self.to_tensor(mask > 0).bool()
+            if mask.shape != depth.shape:
+                raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
+        contracted, valid, scale = self.normalize(depth, mask)
+        size = (height or depth.shape[-2], width or depth.shape[-1])
+        if size != tuple(depth.shape[-2:]):
+            contracted = F.interpolate(contracted, size, mode="nearest-exact")
+            valid = F.interpolate(valid.float(), size, mode="nearest-exact") > 0
+        noise = randn_tensor(contracted.shape, generator=generator, device=contracted.device)
+        return self.patchify(torch.where(valid, contracted, noise)), valid, scale
+
+    def postprocess(
+        self, tokens: torch.Tensor, height: int, width: int, output_size: tuple[int, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Depth tokens to depth maps.
+
+        Args:
+            tokens (`torch.Tensor` of shape (B, N, p*p)): clean depth tokens.
+            height, width (`int`): size of the token grid in pixels.
+            output_size (`tuple[int, int]`, *optional*): (height, width) to return, resampled bilinearly in contracted
+                depth, where even infinity is finite.
+
+        Returns:
+            Relative depth (B, 1, H, W), float32 in [near, far], larger is farther, about 1 in the mean; and its
+            validity (B, 1, H, W), bool: False where the tokens say nearer than `near` or farther than `far`.
+        """
+        contracted = self.unpatchify(tokens.float(), height, width)
+        if output_size is not None and output_size != (height, width):
+            contracted = F.interpolate(contracted, output_size, mode="bilinear", antialias=True, align_corners=False)
+        near, far = self.config.near, 2 - 1 / self.config.far
+        valid = (contracted >= near) & (contracted <= far)
+        return uncontract(torch.nan_to_num(contracted, nan=near).clamp(near, far)), valid
+
+    def patchify(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, 1, H, W) -> (B, N, p*p): row-major over the patches and within each."""
+        p = self.config.patch_size
+        batch_size, _, height, width = maps.shape
+        if height % p or width % p:
+            raise ValueError(f"Depth of {height}x{width} cannot be cut into {p}x{p} patches: resize it to multiples of {p}.")
+        maps = maps.reshape(batch_size, height // p, p, width // p, p).transpose(2, 3)
+        return maps.reshape(batch_size, -1, p * p)
+
+    def unpatchify(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(B, N, p*p) -> (B, 1, height, width), the inverse of [`patchify`]."""
+        p = self.config.patch_size
+        if tokens.shape[1:] != (height // p * (width // p), p * p):
+            raise ValueError(f"Tokens of shape {tuple(tokens.shape)} do not make a depth map of {height}x{width}.")
+        maps = tokens.reshape(-1, height // p, width // p, p, p).transpose(2, 3)
+        return maps.reshape(-1, 1, height, width)
