@@ -1,0 +1,376 @@
+import os
+
+import numpy as np
+import OpenEXR
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mf_diffusers.depth_io import (
+    DEPTH_SUFFIXES,
+    DEPTH_WRITE_SUFFIXES,
+    as_depth_map,
+    as_rgb,
+    atomic_write,
+    read_depth,
+    read_image,
+    write_depth,
+)
+
+
+DEPTH = np.array([[0.5, 1.25, 0], [3, 7.75, 2.5]], dtype=np.float32)
+LEVELS = np.array([[0, 1, 256], [1000, 40000, 65535]], dtype=np.uint16)
+
+
+def write_exr(path, **channels):
+    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
+    OpenEXR.File(header, channels).write(str(path))
+
+
+def write_pfm(path, depth, byte_order):
+    sign = -1.0 if byte_order == "<" else 1.0
+    header = f"Pf\n{depth.shape[1]} {depth.shape[0]}\n{sign}\n".encode()
+    path.write_bytes(header + depth[::-1].astype(f"{byte_order}f4").tobytes())
+
+
+def save_png(path, array, **notes):
+    info = PngInfo()
+    for key, text in notes.items():
+        info.add_text(key, text)
+    Image.fromarray(array).save(path, pnginfo=info)
+
+
+# Images
+
+
+def test_read_image_applies_exif_rotation(tmp_path):
+    picture = Image.new("RGB", (4, 2), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png").size == (2, 4)
+
+
+def palette_with_transparency():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([0, 0, 0, 200, 100, 50])
+    picture.putdata([0, 1])
+    picture.info["transparency"] = 0
+    return picture
+
+
+@pytest.mark.parametrize(
+    "picture, expected",
+    [
+        (Image.new("RGB", (1, 1), (1, 2, 3)), [(1, 2, 3)]),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 0)), [(255, 255, 255)]),
+        (Image.new("RGBA", (1, 1), (0, 0, 0, 51)), [(204, 204, 204)]),
+        (Image.new("LA", (1, 1), (0, 0)), [(255, 255, 255)]),
+        (Image.new("L", (1, 1), 7), [(7, 7, 7)]),
+        (Image.new("1", (1, 1), 1), [(255, 255, 255)]),
+        (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [(255, 0, 0)]),
+        (palette_with_transparency(), [(255, 255, 255), (200, 100, 50)]),
+        (Image.fromarray(LEVELS), [(v, v, v) for v in (0, 0, 1, 4, 156, 255)]),
+        (Image.fromarray(LEVELS.astype(np.int32)), [(v, v, v) for v in (0, 0, 1, 4, 156, 255)]),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
+)
+def test_as_rgb(picture, expected):
+    rgb = as_rgb(picture)
+    assert rgb.mode == "RGB"
+    assert np.array_equal(np.asarray(rgb).reshape(-1, 3), expected)
+
+
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        (Image.fromarray(DEPTH), "no known range"),
+        (Image.fromarray(np.array([[70000]], dtype=np.int32)), "70000.*do not fit 16 bits"),
+        (Image.fromarray(np.array([[-1]], dtype=np.int32)), "-1.*do not fit 16 bits"),
+    ],
+)
+def test_as_rgb_rejects(picture, message):
+    with pytest.raises(ValueError, match=message):
+        as_rgb(picture)
+
+
+@pytest.mark.parametrize("name", ["rgba.png", "palette.png", "gray16.png", "cmyk.jpg"])
+def test_read_image_of_every_mode(tmp_path, name):
+    picture = {
+        "rgba.png": Image.new("RGBA", (3, 2), (0, 0, 0, 0)),
+        "palette.png": palette_with_transparency(),
+        "gray16.png": Image.fromarray(np.full((2, 3), 65535, dtype=np.uint16)),
+        "cmyk.jpg": Image.new("CMYK", (3, 2), (0, 0, 0, 0)),
+    }[name]
+    picture.save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert (image.mode, image.size) == ("RGB", picture.size)
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_read_image_names_the_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
+        read_image(tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "truncated"])
+def test_read_image_names_the_damaged_file(tmp_path, damage):
+    path = tmp_path / "damaged.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes({"garbage": b"garbage", "empty": b"", "truncated": path.read_bytes()[:500]}[damage])
+    with pytest.raises(ValueError, match=r"damaged\.png: cannot be read as a picture: ."):
+        read_image(path)
+
+
+# Depth: reading
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".exr", ".tif", ".tiff", ".pfm", ".NPY"])
+def test_read_float_depth(tmp_path, suffix):
+    path = tmp_path / f"depth{suffix}"
+    if suffix.lower() == ".npy":
+        with path.open("wb") as file:
+            np.save(file, DEPTH)
+    elif suffix == ".npz":
+        np.savez(path, depth=DEPTH)
+    elif suffix == ".exr":
+        write_exr(path, Z=DEPTH)
+    elif suffix == ".pfm":
+        write_pfm(path, DEPTH, "<")
+    else:
+        Image.fromarray(DEPTH).save(path)
+    depth = read_depth(path)
+    assert depth.dtype == np.float32
+    assert np.array_equal(depth, DEPTH)
+    assert np.array_equal(read_depth(path, scale=0.5), DEPTH / 2)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("scale", [None, 1 / 1000, 1 / 256])
+def test_read_16_bit_depth(tmp_path, suffix, scale):
+    Image.fromarray(LEVELS).save(tmp_path / f"a{suffix}")
+    depth = read_depth(tmp_path / f"a{suffix}", scale=scale)
+    assert np.array_equal(depth, (LEVELS * (scale or 1.0)).astype(np.float32))
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_pfm_byte_orders(tmp_path, byte_order):
+    write_pfm(tmp_path / "a.pfm", DEPTH, byte_order)
+    assert np.array_equal(read_depth(tmp_path / "a.pfm"), DEPTH)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.uint16, ">f4"])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3), (2, 3, 1)])
+def test_npy_types_and_shapes(tmp_path, dtype, shape):
+    stored = np.arange(6).reshape(shape).astype(dtype)
+    np.save(tmp_path / "a.npy", stored)
+    depth = read_depth(tmp_path / "a.npy")
+    assert depth.dtype == np.float32
+    assert np.array_equal(depth, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_missing_pixels_come_back_as_zero(tmp_path):
+    stored = np.array([[np.nan, np.inf, -np.inf, -1, 0, 1e300, 2]])
+    np.save(tmp_path / "a.npy", stored)
+    assert read_depth(tmp_path / "a.npy").tolist() == [[0, 0, 0, 0, 0, 0, 2]]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_invalid_values_of_floats(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", np.array([[0.1, 5, 9, 2]], dtype=dtype)[None])
+    assert read_depth(tmp_path / "a.npy", scale=2, invalid=(0.1, 9)).tolist() == [[0, 10, 0, 4]]
+
+
+def test_invalid_values_of_integers(tmp_path):
+    Image.fromarray(LEVELS).save(tmp_path / "a.png")
+    assert read_depth(tmp_path / "a.png", invalid=65535).tolist() == [[0, 1, 256], [1000, 40000, 0]]
+    assert read_depth(tmp_path / "a.png", invalid=(-1, 256, 40000)).tolist() == [[0, 1, 0], [1000, 0, 65535]]
+
+
+def test_npz_keys(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, depth=DEPTH, other=2 * DEPTH)
+    assert np.array_equal(read_depth(path), DEPTH)
+    assert np.array_equal(read_depth(path, key="other"), 2 * DEPTH)
+    np.savez(path, only=DEPTH)
+    assert np.array_equal(read_depth(path), DEPTH)
+
+
+@pytest.mark.parametrize(
+    "names, key", [("ZR", None), ("YR", None), (["depth", "R"], None), ("RGB", None), (["Layer.V"], None), ("AX", "A")]
+)
+def test_exr_channels(tmp_path, names, key):
+    gray = "".join(names) == "RGB"
+    write_exr(tmp_path / "a.exr", **{name: DEPTH if gray or i == 0 else DEPTH + 1 for i, name in enumerate(names)})
+    assert np.array_equal(read_depth(tmp_path / "a.exr", key=key), DEPTH)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
+def test_8_bit_depth_is_read_with_a_warning(tmp_path, mode):
+    gray = np.array([[0, 10], [20, 255]], dtype=np.uint8)
+    Image.fromarray(gray).convert(mode).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match=r"a\.png.*only 256 levels"):
+        depth = read_depth(tmp_path / "a.png", scale=0.5)
+    assert np.array_equal(depth, gray / 2)
+
+
+def save_coloured(path):
+    Image.new("RGB", (2, 2), (1, 2, 3)).save(path)
+
+
+@pytest.mark.parametrize(
+    "name, make, options, message",
+    [
+        ("a.png", save_coloured, {}, "coloured depth picture.*raw depth"),
+        ("a.tif", save_coloured, {}, "coloured depth picture.*raw depth"),
+        ("a.exr", lambda p: write_exr(p, R=DEPTH, G=DEPTH, B=DEPTH + 1), {}, "coloured depth picture.*raw depth"),
+        ("a.exr", lambda p: write_exr(p, A=DEPTH, V=DEPTH), {}, r"no channel 'Z' among \['A', 'V'\].*key="),
+        ("a.exr", lambda p: write_exr(p, Z=DEPTH), {"key": "V"}, r"no channel 'V' among \['Z'\].*key="),
+        ("a.exr", lambda p: p.write_bytes(b"garbage"), {}, "damaged, or not the .exr file"),
+        ("a.npz", lambda p: np.savez(p, x=DEPTH, y=DEPTH), {}, r"no array 'depth' among \['x', 'y'\].*key="),
+        ("a.npz", lambda p: np.savez(p, x=DEPTH), {"key": "y"}, r"no array 'y' among \['x'\].*key="),
+        ("a.npz", lambda p: np.savez(p), {}, r"no array 'depth' among \[\]"),
+        ("a.npz", lambda p: p.write_bytes(b"PK\3\4garbage"), {}, "damaged, or not the .npz file"),
+        ("a.npy", lambda p: p.write_bytes(b"garbage"), {}, "no NumPy file"),
+        ("a.npy", lambda p: p.write_bytes(b""), {}, "no NumPy file"),
+        ("a.npy", lambda p: np.save(p, np.array([[{}]])), {}, "allow_pickle"),
+        ("a.npy", lambda p: np.save(p, np.ones(3)), {}, r"shape \(3,\) is no depth map; give one map \(H, W\)"),
+        ("a.npy", lambda p: np.save(p, np.ones((2, 3, 3))), {}, r"shape \(2, 3, 3\) is no depth map"),
+        ("a.npy", lambda p: np.save(p, np.ones((0, 3))), {}, r"shape \(0, 3\) is no depth map"),
+        ("a.npy", lambda p: np.save(p, np.ones((2, 2), bool)), {"scale": 2}, "type bool are not real numbers"),
+        ("a.npy", lambda p: np.save(p, np.ones((2, 2), complex)), {}, "type complex128 are not real numbers"),
+        ("a.npy", lambda p: np.save(p, DEPTH), {"key": "depth"}, "key='depth'.*leave it out for .npy"),
+        ("a.npy", lambda p: np.save(p, DEPTH), {"scale": 0}, "scale=0 must be a positive number"),
+        ("a.npy", lambda p: np.save(p, DEPTH), {"scale": float("nan")}, "scale=nan must be a positive number"),
+        ("a.png", lambda p: p.write_bytes(b"garbage"), {}, "damaged, or not the .png file"),
+        ("a.png", lambda p: save_png(p, LEVELS, depth_scale="often"), {}, "depth_scale.*'often'.*pass scale"),
+        ("a.png", lambda p: save_png(p, LEVELS, depth_scale="-1"), {}, "depth_scale.*'-1'.*pass scale"),
+        ("a.pfm", lambda p: p.write_bytes(b"garbage"), {}, "no PFM header"),
+        ("a.pfm", lambda p: p.write_bytes(b"Pf\n1 1\nx\n" + bytes(4)), {}, "no PFM header"),
+        ("a.pfm", lambda p: p.write_bytes(b"PF\n1 1\n-1\n" + bytes(12)), {}, "three channels"),
+        ("a.pfm", lambda p: p.write_bytes(b"Pf\n2 1\n-1\n" + bytes(7)), {}, "7 bytes of values where 2x1 floats"),
+        ("a.jpg", save_coloured, {}, r"no depth format has the suffix '\.jpg'; use \.png, \.npy"),
+        ("depth", lambda p: p.write_bytes(b""), {}, "no depth format has the suffix ''"),
+    ],
+)
+def test_read_depth_rejects(tmp_path, name, make, options, message):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_depth(tmp_path / name, **options)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", DEPTH_SUFFIXES)
+def test_read_depth_names_the_missing_file(tmp_path, suffix):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read_depth(tmp_path / f"nothing{suffix}")
+
+
+def test_damaged_pixel_data_is_an_error(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 65536, (64, 64), dtype=np.uint16)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:4000])
+    write_exr(tmp_path / "a.exr", Z=noise.astype(np.float32))
+    (tmp_path / "a.exr").write_bytes((tmp_path / "a.exr").read_bytes()[:-4000])
+    for name in ("a.png", "a.exr"):
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            read_depth(tmp_path / name)
+
+
+def test_a_given_scale_stands_before_the_noted_one(tmp_path):
+    save_png(tmp_path / "a.png", LEVELS, depth_scale="0.25")
+    assert np.array_equal(read_depth(tmp_path / "a.png"), LEVELS / 4)
+    save_png(tmp_path / "a.png", LEVELS, depth_scale="often")
+    assert np.array_equal(read_depth(tmp_path / "a.png", scale=2), LEVELS * 2.0)
+
+
+# Depth: writing
+
+
+@pytest.mark.parametrize("suffix", [*DEPTH_WRITE_SUFFIXES, ".NPY", ".PNG"])
+def test_write_and_read_back(tmp_path, suffix):
+    depth = np.random.default_rng(0).uniform(0.2, 12, (37, 53)).astype(np.float32)
+    depth[:4] = [[np.nan], [-1], [np.inf], [0]]
+    path = tmp_path / f"depth{suffix}"
+    write_depth(path, depth)
+    read = read_depth(path)
+    assert not read[:4].any()
+    tolerance = 12 / 65535 / 2 * 1.001 if suffix.lower() == ".png" else 0
+    assert np.abs(read[4:] - depth[4:]).max() <= tolerance
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_png_levels(tmp_path):
+    write_depth(tmp_path / "a.png", [[0, 1e-7, 1, 2]])
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.asarray(image).tolist() == [[0, 1, 32768, 65535]]  # the nearest pixel is not rounded to "missing"
+        assert float(image.info["depth_scale"]) == 2 / 65535
+    assert read_depth(tmp_path / "a.png").max() == 2
+    assert read_depth(tmp_path / "a.png", scale=1).max() == 65535
+
+
+@pytest.mark.parametrize("suffix", DEPTH_WRITE_SUFFIXES)
+def test_write_all_missing(tmp_path, suffix):
+    write_depth(tmp_path / f"a{suffix}", np.full((2, 2), np.nan))
+    assert read_depth(tmp_path / f"a{suffix}").tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    "name, depth, message",
+    [
+        ("a.jpg", DEPTH, r"cannot be written with the suffix '\.jpg'; use \.npy, \.exr, \.png"),
+        ("a.npy", np.ones((2, 2, 3)), r"shape \(2, 2, 3\) is no depth map"),
+        ("a.npy", np.ones((0, 2)), r"shape \(0, 2\) is no depth map"),
+        ("a.npy", [["far"]], "not real numbers"),
+    ],
+)
+def test_write_depth_rejects(tmp_path, name, depth, message):
+    with pytest.raises(ValueError, match=message):
+        write_depth(tmp_path / name, depth)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", DEPTH_WRITE_SUFFIXES)
+def test_write_depth_into_a_missing_folder(tmp_path, suffix):
+    with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
+        write_depth(tmp_path / "nowhere" / f"a{suffix}", DEPTH)
+
+
+def test_as_depth_map_mask():
+    assert as_depth_map([[1, 2]], mask=[[0, 1]]).tolist() == [[0, 2]]
+    with pytest.raises(ValueError, match=r"mask of shape \(2,\) does not fit depth of shape \(1, 2\)"):
+        as_depth_map([[1, 2]], mask=[0, 1])
+
+
+def test_atomic_write_replaces_the_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        assert (temporary.parent, temporary.suffix) == (tmp_path, ".txt")
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_failing_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with (
+        pytest.raises(UnicodeEncodeError),
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="ascii") as file,
+    ):
+        file.write("half")
+        file.flush()
+        file.write("\N{SNOWMAN}")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_failing_replacement_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "a.npy").mkdir()
+    with pytest.raises(OSError):
+        write_depth(tmp_path / "a.npy", DEPTH)
+    assert os.listdir(tmp_path) == ["a.npy"]
