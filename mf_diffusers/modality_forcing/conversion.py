@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 # Published key -> diffusers key, N counting blocks. A tuple: the published tensor stacks these along its rows.
@@ -106,6 +106,18 @@ def load_safetensors(path: str | Path) -> StateDict:
         ) from error
 
 
+def save_safetensors(state_dict: StateDict, path: str | Path) -> None:
+    """Writes a safetensors file under a temporary name and renames it, so that a broken write leaves no broken file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, partial, metadata={"format": "pt"})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def convert_published_transformer(state_dict: StateDict) -> tuple[dict, StateDict]:
     """
     Published transformer weights to diffusers' names.
@@ -121,7 +133,9 @@ def convert_published_transformer(state_dict: StateDict) -> tuple[dict, StateDic
         ValueError: keys are missing or unexpected; the message names them.
     """
     published = {key.removeprefix("dit."): tensor for key, tensor in state_dict.items()}
-    blocks = {stack: _count_blocks(published, stack) for stack in ("double_blocks", "single_blocks", "depth_decoder_blocks")}
+    blocks = {
+        stack: _count_blocks(published, stack) for stack in ("double_blocks", "single_blocks", "depth_decoder_blocks")
+    }
     missing = [key for key in _expected_keys(published, blocks) if key not in published]
     converted, unexpected = {}, []
     for key, tensor in published.items():
@@ -188,7 +202,9 @@ def export_published_transformer(state_dict: StateDict, prefix: str = "dit.") ->
             tensor = _swap_halves(tensor)
         exported[prefix + _fill(published_key, numbers)] = tensor
     if unexpected:
-        raise ValueError(f"The published layout has no place for {_shorten(unexpected)}: merge adapters before exporting.")
+        raise ValueError(
+            f"The published layout has no place for {_shorten(unexpected)}: merge adapters before exporting."
+        )
     return exported
 
 

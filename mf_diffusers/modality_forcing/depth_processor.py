@@ -94,7 +94,9 @@ class DepthProcessor(ConfigMixin):
             if depth.ndim == 4 and depth.shape[-1] == 1:
                 depth = depth.permute(0, 3, 1, 2)
         if not isinstance(depth, torch.Tensor):
-            raise ValueError(f"Depth must be a torch.Tensor, np.ndarray, PIL image or a list of these, got {type(depth)}.")
+            raise ValueError(
+                f"Depth must be a torch.Tensor, np.ndarray, PIL image or a list of these, got {type(depth)}."
+            )
         if depth.ndim == 2:
             depth = depth[None]
         if depth.ndim == 3:
@@ -104,6 +106,11 @@ class DepthProcessor(ConfigMixin):
                 f"Depth must have shape (H, W), (B, H, W) or (B, 1, H, W) and at least one pixel, got {tuple(depth.shape)}."
             )
         return depth.float()
+
+    def mask_to_tensor(self, mask) -> torch.Tensor:
+        """As [`to_tensor`], for validity masks: (B, 1, H, W), bool, True where not zero."""
+        mask = mask if isinstance(mask, torch.Tensor) else torch.from_numpy(np.array(mask))
+        return self.to_tensor(mask > 0).bool()
 
     def normalize(
         self, depth: torch.Tensor, mask: torch.Tensor | None = None
@@ -148,8 +155,7 @@ class DepthProcessor(ConfigMixin):
         """
         depth = self.to_tensor(depth)
         if mask is not None:
-            mask = mask if isinstance(mask, torch.Tensor) else torch.from_numpy(np.array(mask))
-            mask = self.to_tensor(mask > 0).bool()
+            mask = self.mask_to_tensor(mask)
             if mask.shape != depth.shape:
                 raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
         contracted, valid, scale = self.normalize(depth, mask)
@@ -188,7 +194,9 @@ class DepthProcessor(ConfigMixin):
         p = self.config.patch_size
         batch_size, _, height, width = maps.shape
         if height % p or width % p:
-            raise ValueError(f"Depth of {height}x{width} cannot be cut into {p}x{p} patches: resize it to multiples of {p}.")
+            raise ValueError(
+                f"Depth of {height}x{width} cannot be cut into {p}x{p} patches: resize it to multiples of {p}."
+            )
         maps = maps.reshape(batch_size, height // p, p, width // p, p).transpose(2, 3)
         return maps.reshape(batch_size, -1, p * p)
 

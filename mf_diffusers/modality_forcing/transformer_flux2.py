@@ -1,6 +1,7 @@
 """FLUX.2 with a depth stream: the transformer of Modality Forcing (paper, section on the FLUX.2 variant)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from diffusers.utils import BaseOutput, apply_lora_scale
 
+from .conversion import (
+    convert_published_transformer,
+    export_published_transformer,
+    load_safetensors,
+    save_safetensors,
+)
 from .depth_stream import DepthHead, DepthTimestepEmbeddings
 
 
@@ -63,7 +70,9 @@ class ModalityForcingFlux2AttnProcessor:
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
             attn, hidden_states, encoder_hidden_states
         )
-        query = torch.cat([attn.norm_added_q(attn.split_heads(text_query)), attn.norm_q(attn.split_heads(query))], dim=1)
+        query = torch.cat(
+            [attn.norm_added_q(attn.split_heads(text_query)), attn.norm_q(attn.split_heads(query))], dim=1
+        )
         key = torch.cat([attn.norm_added_k(attn.split_heads(text_key)), attn.norm_k(attn.split_heads(key))], dim=1)
         value = torch.cat([attn.split_heads(text_value), attn.split_heads(value)], dim=1)
         if depth_hidden_states is not None:
@@ -501,6 +510,38 @@ class ModalityForcingFlux2Transformer2DModel(
                     module.reset_parameters()
         return model
 
+    @classmethod
+    def from_published(
+        cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | None = None
+    ) -> "ModalityForcingFlux2Transformer2DModel":
+        r"""
+        Loads a transformer in the published layout; every dimension is read off the shapes. The published weights are
+        licensed CC BY-NC 4.0 (not for commercial use).
+
+        Args:
+            pretrained_model_name_or_path: The safetensors file, or a folder with `model.safetensors`.
+            torch_dtype: dtype of the weights, but for the depth head's, which stay float32. Default: as stored.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not a safetensors file, or keys are missing or unexpected; the message names them.
+        """
+        path = Path(pretrained_model_name_or_path)
+        config, state_dict = convert_published_transformer(
+            load_safetensors(path / "model.safetensors" if path.is_dir() else path)
+        )
+        with torch.device("meta"):
+            model = cls(**config)
+        for name, tensor in state_dict.items():
+            keeps_fp32 = name.split(".")[0] in cls._keep_in_fp32_modules
+            state_dict[name] = tensor.to(torch.float32 if keeps_fp32 else torch_dtype or tensor.dtype)
+        model.load_state_dict(state_dict, assign=True)
+        return model.eval()
+
+    def save_published(self, path: str | Path, prefix: str = "dit.") -> None:
+        """Writes the weights to one safetensors file in the published layout; `prefix=""` for single-file loaders."""
+        save_safetensors(export_published_transformer(self.state_dict(), prefix), path)
+
 
 def depth_stream_clones(names) -> dict[str, str]:
     """Which parameter of the image stream each parameter of the depth stream is cloned from in a graft."""
@@ -516,9 +557,7 @@ def depth_stream_clones(names) -> dict[str, str]:
         "attn.to_depth_out.": "attn.to_out.0.",
         "ff_depth.": "ff.",
     }
-    return {
-        name: name.replace(depth, image) for name in names for depth, image in renames.items() if depth in name
-    }
+    return {name: name.replace(depth, image) for name in names for depth, image in renames.items() if depth in name}
 
 
 def _without_batch(ids: torch.Tensor) -> torch.Tensor:

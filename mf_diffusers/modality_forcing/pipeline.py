@@ -1,0 +1,719 @@
+"""One pipeline of images and depth: what is given decides what is made."""
+
+import math
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import Flux2LoraLoaderMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM
+
+from .conversion import convert_published_autoencoder, load_safetensors
+from .depth_processor import DepthProcessor
+from .ensemble import ensemble_depth
+from .image_processor import image_to_tensor, processing_size, resize
+from .noise import add_noise, velocity_from_clean
+from .pipeline_output import ModalityForcingPipelineOutput
+from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
+
+
+logger = logging.get_logger(__name__)
+
+# Schedules of the published model: both modalities are shifted by exp(mu), mu = 1.1.
+PUBLISHED_SHIFT_MU = 1.1
+# Text encoder of FLUX.2 [klein] by the width of its features (three hidden layers side by side).
+TEXT_ENCODERS = {7680: "Qwen/Qwen3-4B", 12288: "Qwen/Qwen3-8B"}
+
+
+class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
+    r"""
+    Text to image and depth, image to depth, depth to image, with one set of weights (Modality Forcing).
+
+    Args:
+        transformer ([`ModalityForcingFlux2Transformer2DModel`]): Denoiser of both modalities.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]): Walks the RGB noise levels.
+        depth_scheduler ([`FlowMatchEulerDiscreteScheduler`]):
+            Walks the depth noise levels where depth alone is made. Where both are made, depth follows the RGB levels
+            along the trajectory that `log2_alpha` names.
+        vae ([`AutoencoderKLFlux2`]): Images to latents and back.
+        text_encoder ([`Qwen3ForCausalLM`]): Its hidden states are the text features. May be absent when the caller
+            passes `prompt_embeds` (and `negative_prompt_embeds`).
+        tokenizer (`Qwen2TokenizerFast`): Tokenizer with a chat template.
+        depth_processor ([`DepthProcessor`]): Depth maps to tokens and back.
+        text_encoder_out_layers (`tuple[int]`, defaults to `(9, 18, 27)`): Hidden layers to put side by side.
+        max_sequence_length (`int`, defaults to 512): Text tokens; shorter prompts are padded to it.
+        default_sample_size (`int`, defaults to 512): Side of the square whose area is the pixel budget.
+        default_log2_alpha (`float`, defaults to 5.0): Trajectory of joint generation.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "depth_latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        transformer: ModalityForcingFlux2Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        depth_scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKLFlux2,
+        text_encoder: Qwen3ForCausalLM | None,
+        tokenizer: Qwen2TokenizerFast | None,
+        depth_processor: DepthProcessor,
+        text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
+        max_sequence_length: int = 512,
+        default_sample_size: int = 512,
+        default_log2_alpha: float = 5.0,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            depth_scheduler=depth_scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            depth_processor=depth_processor,
+        )
+        self.register_to_config(
+            text_encoder_out_layers=tuple(text_encoder_out_layers),
+            max_sequence_length=max_sequence_length,
+            default_sample_size=default_sample_size,
+            default_log2_alpha=default_log2_alpha,
+        )
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
+        # A latent token is a 2x2 cell of VAE latents; a depth token covers the same pixels.
+        self.token_size = 2 * self.vae_scale_factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.token_size)
+
+    @classmethod
+    def from_published(
+        cls,
+        pretrained_model_name_or_path: str | Path = "bartduis/modality_forcing",
+        text_encoder: str | Path | Qwen3ForCausalLM | None = None,
+        tokenizer: Qwen2TokenizerFast | None = None,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        **hub_kwargs,
+    ) -> "ModalityForcingPipeline":
+        r"""
+        Assembles the pipeline from a checkpoint in the published layout. The published weights are licensed
+        CC BY-NC 4.0 (not for commercial use).
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub repository with `model.safetensors`, `ae_encoder.safetensors`
+                and `ae_decoder.safetensors`.
+            text_encoder: Folder, Hub repository or instance of the Qwen3 model; default: the one that fits the width of
+                the transformer's text features.
+            tokenizer: Default: the tokenizer that lies with the text encoder.
+            torch_dtype: dtype of all the weights but the depth head's, which stay float32.
+            hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is not what its name says; the message names the file or the keys.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(str(folder), allow_patterns=["*.safetensors", "config.json"], **hub_kwargs)
+            )
+        transformer = ModalityForcingFlux2Transformer2DModel.from_published(folder, torch_dtype=torch_dtype)
+        vae_config, vae_weights = convert_published_autoencoder(
+            load_safetensors(folder / "ae_encoder.safetensors"), load_safetensors(folder / "ae_decoder.safetensors")
+        )
+        vae = AutoencoderKLFlux2(**vae_config)
+        vae.load_state_dict(vae_weights)
+
+        if text_encoder is None:
+            text_encoder = TEXT_ENCODERS.get(transformer.config.joint_attention_dim)
+            if text_encoder is None:
+                raise ValueError(
+                    f"No known text encoder makes features of width {transformer.config.joint_attention_dim}: pass "
+                    "`text_encoder` (and `tokenizer`)."
+                )
+        if not isinstance(text_encoder, Qwen3ForCausalLM):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(text_encoder, **hub_kwargs)
+            text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=torch_dtype, **hub_kwargs)
+        return cls(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
+            depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
+            vae=vae.to(torch_dtype).eval(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),
+        )
+
+    def check_inputs(
+        self,
+        prompt,
+        prompt_embeds,
+        image,
+        depth,
+        depth_mask,
+        num_inference_steps,
+        num_refinement_steps,
+        ensemble_size,
+        num_images_per_prompt,
+        log2_alpha,
+        latents,
+        depth_latents,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ):
+        if image is not None and depth is not None:
+            raise ValueError(
+                "Both `image` and `depth` were given, so nothing is left to make: give one of them, or neither."
+            )
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError("Give `prompt` or `prompt_embeds`, not both.")
+        if prompt is None and prompt_embeds is None and image is None:
+            raise ValueError("Give a `prompt` (or `prompt_embeds`); only image -> depth does without one.")
+        if prompt is not None and not (
+            isinstance(prompt, str)
+            or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+        ):
+            raise ValueError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+        for name, value, least in (
+            ("num_inference_steps", num_inference_steps, 1),
+            ("num_refinement_steps", num_refinement_steps, 0),
+            ("ensemble_size", ensemble_size, 1),
+            ("num_images_per_prompt", num_images_per_prompt, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if num_refinement_steps and (image is not None or depth is not None):
+            raise ValueError(
+                "`num_refinement_steps` refines the depth of joint generation: give neither `image` nor `depth`."
+            )
+        if ensemble_size > 1 and image is None and not num_refinement_steps:
+            raise ValueError(
+                "`ensemble_size` needs depth made from an image: give `image`, or `num_refinement_steps`."
+            )
+        if ensemble_size > 1 and depth_latents is not None:
+            raise ValueError("`depth_latents` is the noise of one sample, so it cannot start an ensemble.")
+        if log2_alpha is not None and image is not None:
+            raise ValueError(
+                "`log2_alpha` couples the noise levels of two modalities, but the image is given: leave it out."
+            )
+        if latents is not None and image is not None:
+            raise ValueError("`latents` is the noise of a new image, but the image is given: leave it out.")
+        if depth_latents is not None and depth is not None and log2_alpha is None:
+            raise ValueError("`depth_latents` is the noise of a new depth map, but the depth is given: leave it out.")
+        if depth_mask is not None and depth is None:
+            raise ValueError("`depth_mask` says where `depth` is valid: give both.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; known are {self._callback_tensor_inputs}."
+            )
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Text features of FLUX.2 [klein]: hidden states of Qwen3 over the prompt as a chat turn, padding included.
+
+        Returns:
+            Features (B * num_images_per_prompt, L, D) and text positions (1, L, 4).
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None and self.text_encoder is None:
+            raise ValueError(
+                "This pipeline was loaded without a text encoder: give `prompt_embeds`, and `negative_prompt_embeds` for guidance."
+            )
+        if prompt_embeds is None:
+            chats = [[{"role": "user", "content": p}] for p in ([prompt] if isinstance(prompt, str) else prompt)]
+            texts = [
+                self.tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                )
+                for chat in chats
+            ]
+            length = self.config.max_sequence_length
+            longest = max(len(ids) for ids in self.tokenizer(texts)["input_ids"])
+            if longest > length:
+                logger.warning(
+                    f"The prompt has {longest} tokens, the text encoder takes {length}: the rest is cut off."
+                )
+            tokens = self.tokenizer(
+                texts, return_tensors="pt", padding="max_length", truncation=True, max_length=length
+            ).to(device)
+            hidden_states = self.text_encoder(
+                input_ids=tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+                output_hidden_states=True,
+                use_cache=False,
+                logits_to_keep=1,  # the logits are not used
+            ).hidden_states
+            prompt_embeds = torch.cat([hidden_states[layer] for layer in self.config.text_encoder_out_layers], dim=-1)
+        prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, position_ids(length=prompt_embeds.shape[1]).to(device)
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> normalised latent tokens (B, N, C), float32."""
+        latents = self.vae.encode(2 * image.to(self.vae.dtype) - 1).latent_dist.mode().float()
+        batch_size, channels, height, width = latents.shape
+        latents = latents.view(batch_size, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        mean, std = self.latent_statistics(latents.device)
+        return ((latents.reshape(batch_size, 4 * channels, -1) - mean) / std).transpose(1, 2)
+
+    def decode_latents(self, latents: torch.Tensor, height: int, width: int, output_type: str = "pt") -> torch.Tensor:
+        """Latent tokens (B, N, C) -> images (B, 3, H, W) in [-1, 1], or VAE latents (B, C / 4, h, w) for "latent"."""
+        rows, columns = height // self.token_size, width // self.token_size
+        mean, std = self.latent_statistics(latents.device)
+        latents = (latents.transpose(1, 2) * std + mean).view(len(latents), -1, 2, 2, rows, columns)
+        latents = latents.permute(0, 1, 4, 2, 5, 3).reshape(len(latents), -1, 2 * rows, 2 * columns)
+        if output_type == "latent":
+            return latents
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+
+    def latent_statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the VAE's 2x2 latent cells, (C, 1) each, float32."""
+        norm = self.vae.bn
+        std = torch.sqrt(norm.running_var.float() + self.vae.config.batch_norm_eps)
+        return norm.running_mean.float().to(device)[:, None], std.to(device)[:, None]
+
+    def prepare_latents(
+        self, batch_size: int, height: int, width: int, device, generator, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """RGB noise of shape (B, C, height / 16, width / 16), drawn or given, as tokens (B, N, C) in float32."""
+        channels = self.transformer.config.in_channels
+        shape = (batch_size, channels, height // self.token_size, width // self.token_size)
+        latents = _given_or_drawn("latents", latents, shape, generator, device)
+        return latents.flatten(2).transpose(1, 2)
+
+    def prepare_depth_latents(
+        self, batch_size: int, height: int, width: int, device, generator, depth_latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Depth noise of shape (B, 1, height, width), drawn or given, as tokens (B, N, p*p) in float32."""
+        shape = (batch_size, 1, height, width)
+        return self.depth_processor.patchify(_given_or_drawn("depth_latents", depth_latents, shape, generator, device))
+
+    def prepare_size(
+        self, height: int | None, width: int | None, input_size: tuple[int, int] | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """
+        The (height, width) to work at, multiples of a token, and the (height, width) to return.
+
+        What comes in goes out at its own size; it is worked on near the pixel budget, or near `height` x `width` where
+        the caller gives them. Without an input, the size asked for is returned.
+        """
+        side = self.config.default_sample_size
+        if height is None and width is None:
+            asked = processing_size(*(input_size or (side, side)), pixels=side * side, multiple=self.token_size)
+        elif input_size is not None:
+            asked = (
+                height or round(input_size[0] * width / input_size[1]),
+                width or round(input_size[1] * height / input_size[0]),
+            )
+        else:
+            asked = (height or side, width or side)
+        if min(asked) < 1:
+            raise ValueError(f"`height` and `width` must be positive, got {height} and {width}.")
+        working = tuple(max(1, round(length / self.token_size)) * self.token_size for length in asked)
+        if working != asked:
+            logger.warning(
+                f"{asked[0]}x{asked[1]} is not a multiple of {self.token_size}: working at {working[0]}x{working[1]}."
+            )
+        return working, input_size or asked
+
+    def prepare_scheduler(
+        self, scheduler: FlowMatchEulerDiscreteScheduler, sigmas, device
+    ) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler set to step through `sigmas`, which it shifts, down to 0."""
+        scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def prepare_depth_condition(self, depth, depth_mask, height: int, width: int, device, generator) -> torch.Tensor:
+        """Given depth (B, 1, H, W) as clean tokens (B, N, p*p), missing pixels filled with noise."""
+        if depth_mask is not None:
+            depth_mask = self.depth_processor.mask_to_tensor(depth_mask).expand(len(depth), -1, -1, -1)
+        tokens, valid, _ = self.depth_processor.preprocess(depth, depth_mask, height, width, generator)
+        empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. "
+                "Give a depth map with values, or leave `depth` out."
+            )
+        return tokens.to(device)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        depth_latents: torch.Tensor,
+        scheduler: FlowMatchEulerDiscreteScheduler | None,
+        depth_scheduler: FlowMatchEulerDiscreteScheduler | None,
+        prompt_embeds: torch.Tensor,
+        text_ids: torch.Tensor,
+        latent_ids: torch.Tensor,
+        depth_ids: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        depth_condition: torch.Tensor | None = None,
+        progress_bar=None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        The sampling loop of every task: Euler steps of the streams that have a scheduler.
+
+        Args:
+            latents, depth_latents (`torch.Tensor` of shape (B, N, C)): Tokens at the first noise level, float32.
+            scheduler, depth_scheduler: With `set_timesteps` done, as many steps in both. `None`: that stream is clean
+                and stays as it is.
+            negative_prompt_embeds: Features of ""; guidance is on where they are given.
+            depth_condition (`torch.Tensor`): Clean depth tokens that steer the image loosely: the depth stream is
+                not sampled but is this map at the scheduler's noise level, `depth_latents` being its noise.
+
+        Returns:
+            The two streams' tokens after the last step.
+        """
+        num_steps = len((scheduler or depth_scheduler).timesteps)
+        still = torch.zeros(num_steps + 1, device=latents.device)
+        sigmas = scheduler.sigmas if scheduler else still
+        depth_sigmas = depth_scheduler.sigmas if depth_scheduler else still
+        depth_noise = depth_latents
+        dtype = self.transformer.dtype
+
+        for i in range(num_steps):
+            if self.interrupt:
+                continue
+            self._current_timestep = 1000 * (sigmas if scheduler else depth_sigmas)[i]
+            if depth_condition is not None:
+                depth_latents = add_noise(depth_condition, depth_noise, depth_sigmas[i])
+            inputs = {
+                "hidden_states": latents.to(dtype),
+                "timestep": sigmas[i].expand(len(latents)),
+                "img_ids": latent_ids,
+                "txt_ids": text_ids,
+                "depth_hidden_states": depth_latents.to(dtype),
+                "depth_timestep": depth_sigmas[i].expand(len(latents)),
+                "depth_ids": depth_ids,
+                "joint_attention_kwargs": self.attention_kwargs,
+                "return_dict": False,
+            }
+            with self.transformer.cache_context("cond"):
+                velocity, clean_depth = self.transformer(encoder_hidden_states=prompt_embeds, **inputs)
+            velocity = velocity.float()
+            if negative_prompt_embeds is not None:
+                # On both raw outputs, before the clean depth becomes a velocity (published model).
+                with self.transformer.cache_context("uncond"):
+                    uncond, uncond_depth = self.transformer(encoder_hidden_states=negative_prompt_embeds, **inputs)
+                velocity = uncond.float() + guidance_scale * (velocity - uncond.float())
+                clean_depth = uncond_depth + guidance_scale * (clean_depth - uncond_depth)
+
+            if scheduler is not None:
+                latents = scheduler.step(velocity, scheduler.timesteps[i], latents, return_dict=False)[0]
+            if depth_scheduler is not None and depth_condition is None:
+                depth_velocity = velocity_from_clean(depth_latents, clean_depth, depth_sigmas[i])
+                depth_latents = depth_scheduler.step(
+                    depth_velocity, depth_scheduler.timesteps[i], depth_latents, return_dict=False
+                )[0]
+
+            if callback_on_step_end is not None:
+                callback_kwargs = {}
+                for name in callback_on_step_end_tensor_inputs:
+                    callback_kwargs[name] = locals()[name]
+                outputs = callback_on_step_end(self, i, self._current_timestep, callback_kwargs)
+                latents = outputs.pop("latents", latents)
+                depth_latents = outputs.pop("depth_latents", depth_latents)
+                prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
+                negative_prompt_embeds = outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+            if progress_bar is not None:
+                progress_bar.update()
+        return latents, depth_latents
+
+    def postprocess_depth(
+        self,
+        output: ModalityForcingPipelineOutput,
+        samples: list[torch.Tensor],
+        height: int,
+        width: int,
+        output_size: tuple[int, int],
+        output_type: str,
+    ) -> None:
+        """Depth tokens of one or several samples into the depth fields of `output`."""
+        if output_type == "latent":
+            maps = [self.depth_processor.unpatchify(sample, height, width) for sample in samples]
+            output.depth = maps[0] if len(maps) == 1 else torch.stack(maps).median(dim=0).values
+            return
+        maps, masks = zip(*(self.depth_processor.postprocess(s, height, width, output_size) for s in samples))
+        output.depth, output.depth_mask = maps[0], masks[0]
+        if len(samples) > 1:
+            output.depth, output.depth_uncertainty, output.depth_mask = ensemble_depth(
+                torch.stack(maps), torch.stack(masks)
+            )
+        if output_type != "pt":
+            for name, value in output.items():
+                if name != "images":
+                    output[name] = value[:, 0].cpu().numpy()
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image=None,
+        depth=None,
+        depth_mask=None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        log2_alpha: float | None = None,
+        num_refinement_steps: int = 0,
+        ensemble_size: int = 1,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        depth_latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[["ModalityForcingPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents", "depth_latents"],  # noqa: B006
+    ) -> ModalityForcingPipelineOutput | tuple:
+        r"""
+        What is given decides what is made: a prompt makes an image and its depth, an image (with a prompt or without)
+        makes depth, depth and a prompt make an image.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): What to show.
+            image (*optional*): Image or images to make depth of: PIL, array (H, W, 3) or tensor (3, H, W), batches of
+                these with an axis in front, or a list; values in [0, 1]. Any size, one size a call.
+            depth (*optional*): Depth map or maps to make images of, larger is farther: array or tensor (H, W), batches
+                with an axis in front, one-channel PIL image, or a list. 0, negative, NaN and inf mean missing.
+            depth_mask (*optional*): False where `depth` is missing besides; of its shape.
+            height, width (`int`, *optional*): Size to work at, rounded to the token size. Default: the aspect ratio of
+                the input near `default_sample_size`. The result has the size of the input, where there is one.
+            num_inference_steps (`int`, defaults to 50): Euler steps. For image -> depth 1 to 4 already give good maps.
+            sigmas (`list[float]`, *optional*): Own noise levels in place of an even grid, before the scheduler's shift.
+            guidance_scale (`float`, *optional*): Guidance away from the empty prompt, on above 1. Default: 4.0, and
+                1.0 for image -> depth.
+            log2_alpha (`float`, *optional*): Trajectory `t_depth = f(t_rgb, 2**log2_alpha)`. Joint generation: above 0
+                RGB resolves first (default 5.0), below 0 depth does. Depth -> image: how tightly the depth is followed,
+                from -5 (loose) over -8 and -11 to -14 (tight); default: rigidly.
+            num_refinement_steps (`int`, defaults to 0): After joint generation, steps of an image -> depth pass over the
+                generated image, for sharper depth.
+            ensemble_size (`int`, defaults to 1): Image -> depth samples to align and take the median of; also gives
+                `depth_uncertainty`.
+            num_images_per_prompt (`int`, defaults to 1): Results for each prompt, image or depth map.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Makes the result repeatable; a list
+                has one for each result.
+            latents (`torch.Tensor` of shape (B, C, height / 16, width / 16), *optional*): RGB noise to start from.
+            depth_latents (`torch.Tensor` of shape (B, 1, height, width), *optional*): Depth noise to start from.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape (B, L, D), *optional*): In place of `prompt`
+                and of the empty prompt.
+            output_type (`str`, defaults to "pil"): "pil", "np", "pt" or "latent"; see [`ModalityForcingPipelineOutput`].
+            return_dict (`bool`, defaults to `True`): Whether to return a [`ModalityForcingPipelineOutput`] or a tuple
+                (images, depth, depth_mask, depth_uncertainty).
+            attention_kwargs (`dict`, *optional*): For the attention processors; `{"scale": 0.5}` weakens a LoRA.
+            callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, tensors)` after each step;
+                returns a dict of the tensors to replace.
+            callback_on_step_end_tensor_inputs (`list[str]`): Which tensors it gets, of `_callback_tensor_inputs`.
+
+        Raises:
+            ValueError: the message names the argument, its value and what to give instead.
+        """
+        # 1. Check the inputs and settle the task
+        self.check_inputs(
+            prompt,
+            prompt_embeds,
+            image,
+            depth,
+            depth_mask,
+            num_inference_steps,
+            num_refinement_steps,
+            ensemble_size,
+            num_images_per_prompt,
+            log2_alpha,
+            latents,
+            depth_latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        device = self._execution_device
+        self._guidance_scale = guidance_scale if guidance_scale is not None else (4.0 if image is None else 1.0)
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+
+        # 2. Inputs as tensors, and the batch size they ask for
+        given = None
+        if image is not None:
+            given = image = image_to_tensor(image)
+        elif depth is not None:
+            given = depth = self.depth_processor.to_tensor(depth)
+        if prompt_embeds is None and (prompt is None or isinstance(prompt, str)):
+            prompt = [prompt or ""]
+        num_prompts = len(prompt if prompt_embeds is None else prompt_embeds)
+        num_given = 1 if given is None else len(given)
+        if num_prompts != num_given and 1 not in (num_prompts, num_given):
+            raise ValueError(
+                f"{num_prompts} prompts do not go with {num_given} inputs: give as many, or one of either."
+            )
+        batch_size = max(num_prompts, num_given) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators do not go with {batch_size} results: give one for each, or one."
+            )
+        (height, width), output_size = self.prepare_size(
+            height, width, given.shape[-2:] if given is not None else None
+        )
+
+        # 3. Text features; guidance steers away from those of the empty prompt
+        prompt_embeds, text_ids = self.encode_prompt(prompt, device, batch_size // num_prompts, prompt_embeds)
+        if self.do_classifier_free_guidance:
+            num_negative = 1 if negative_prompt_embeds is None else len(negative_prompt_embeds)
+            negative_prompt_embeds, _ = self.encode_prompt(
+                "", device, batch_size // num_negative, negative_prompt_embeds
+            )
+        else:
+            negative_prompt_embeds = None
+
+        # 4. Noise levels and positions
+        if sigmas is None:
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        refinement_sigmas = sigmas
+        if num_refinement_steps:
+            refinement_sigmas = np.linspace(1.0, 1 / num_refinement_steps, num_refinement_steps)
+        rows, columns = height // self.token_size, width // self.token_size
+        denoise_kwargs = {
+            "text_ids": text_ids,
+            "latent_ids": position_ids(rows=rows, columns=columns).to(device),
+            "depth_ids": position_ids(time=1, rows=rows, columns=columns).to(device),
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
+        makes_image, estimates_depth = image is None, image is not None or num_refinement_steps > 0
+        self._num_timesteps = len(sigmas) * makes_image + len(refinement_sigmas) * ensemble_size * estimates_depth
+
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            # 5. The RGB stream: made together with depth, made from depth, or the latents of the given image
+            if makes_image:
+                latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
+                scheduler = self.prepare_scheduler(self.scheduler, sigmas, device)
+                depth_scheduler = depth_condition = None
+                if depth is not None:
+                    depth = depth.repeat_interleave(batch_size // num_given, dim=0)
+                    depth_condition = self.prepare_depth_condition(depth, depth_mask, height, width, device, generator)
+                if depth is None or log2_alpha is not None:
+                    depth_latents = self.prepare_depth_latents(
+                        batch_size, height, width, device, generator, depth_latents
+                    )
+                    depth_scheduler = self.prepare_scheduler(
+                        type(self.depth_scheduler).from_config(
+                            self.depth_scheduler.config,
+                            shift=2.0 ** (self.config.default_log2_alpha if log2_alpha is None else log2_alpha),
+                        ),
+                        scheduler.sigmas[:-1].cpu(),
+                        device,
+                    )
+                else:
+                    depth_latents, depth_condition = depth_condition, None
+                latents, depth_latents = self.denoise(
+                    latents,
+                    depth_latents,
+                    scheduler,
+                    depth_scheduler,
+                    prompt_embeds,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    guidance_scale=self.guidance_scale,
+                    depth_condition=depth_condition,
+                    progress_bar=progress_bar,
+                    **denoise_kwargs,
+                )
+            else:
+                image = resize(image, (height, width)).to(device)
+                latents = self.encode_image(image).repeat_interleave(batch_size // num_given, dim=0)
+
+            # 6. The depth stream of a finished image
+            depth_samples = [depth_latents]
+            if estimates_depth:
+                depth_samples = []
+                for _ in range(ensemble_size):
+                    noise = self.prepare_depth_latents(
+                        batch_size, height, width, device, generator, None if makes_image else depth_latents
+                    )
+                    _, depth_sample = self.denoise(
+                        latents,
+                        noise,
+                        None,
+                        self.prepare_scheduler(self.depth_scheduler, refinement_sigmas, device),
+                        prompt_embeds,
+                        # A refinement pass is image -> depth, whose guidance is off unless the caller turns it on there.
+                        negative_prompt_embeds=None if makes_image else negative_prompt_embeds,
+                        guidance_scale=self.guidance_scale,
+                        progress_bar=progress_bar,
+                        **denoise_kwargs,
+                    )
+                    depth_samples.append(depth_sample)
+        self._current_timestep = None
+
+        # 7. Back to images and depth maps
+        output = ModalityForcingPipelineOutput()
+        if makes_image:
+            images = self.decode_latents(latents, height, width, output_type)
+            if output_type == "latent":
+                output.images = images
+            else:
+                output.images = self.image_processor.postprocess(resize(images, output_size), output_type)
+        if depth is None:
+            self.postprocess_depth(output, depth_samples, height, width, output_size, output_type)
+
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.images, output.depth, output.depth_mask, output.depth_uncertainty)
+
+
+def position_ids(time: int = 0, rows: int = 1, columns: int = 1, length: int = 1) -> torch.Tensor:
+    """Positions (time, row, column, text index) of a row-major grid or of a text: (1, rows * columns * length, 4)."""
+    return torch.cartesian_prod(torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(length))[
+        None
+    ]
+
+
+def _given_or_drawn(name: str, latents: torch.Tensor | None, shape: tuple, generator, device) -> torch.Tensor:
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`{name}` must have shape {shape} for this call, got {tuple(latents.shape)}.")
+    return latents.to(device=device, dtype=torch.float32)
