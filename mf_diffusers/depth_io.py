@@ -4,17 +4,17 @@ A depth map in memory is a float32 array (H, W) in which 0 means "no depth here"
 """
 
 import math
-import os
 import re
-import uuid
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import OpenEXR
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from mf_diffusers.files import atomic_write
+from mf_diffusers.modality_forcing.image_processor import as_rgb
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -32,60 +32,17 @@ PNG_LEVELS = 65535
 COLOURED = "a coloured depth picture carries no depth values; give the raw depth it was made from"
 
 
-@contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside `path`, of the same suffix, which becomes `path` when the block succeeds.
-
-    When the block raises, the temporary file is removed and whatever was at `path` before is untouched.
-
-    Raises FileNotFoundError when the folder of `path` does not exist.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    # Not tempfile.mkstemp: its files are readable by their owner alone, and the result would inherit that.
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_image(path):
-    """Read a picture as an upright 8-bit RGB `PIL.Image`: EXIF rotation applied, then converted as `as_rgb` does.
+    """Read a picture of any mode as an upright 8-bit RGB `PIL.Image` (see `as_rgb`).
 
     Raises FileNotFoundError when there is no such file, ValueError when Pillow cannot read it.
     """
     path = _existing_file(path)
     try:
         with Image.open(path) as image:
-            return as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(image)
     except Exception as error:  # decoders meet damaged files with errors of many types
         raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
-
-
-def as_rgb(image):
-    """Convert a `PIL.Image` of any mode to 8-bit RGB.
-
-    Transparent pictures are laid over white; 16-bit grayscale is rescaled from 0..65535 to 0..255.
-
-    Raises ValueError when the values have no known range: floats, or integers outside 0..65535.
-    """
-    if image.mode == "F":
-        raise ValueError("a picture of floats has no known range; save it with 8 or 16 bits per channel")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > PNG_LEVELS:
-            raise ValueError(
-                f"gray values {levels.min()}..{levels.max()} do not fit 16 bits (0..{PNG_LEVELS}); "
-                "save the picture with 8 or 16 bits per channel"
-            )
-        image = Image.fromarray(np.round(levels / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def read_depth(path, scale=None, invalid=None, key=None):

@@ -11,7 +11,9 @@ import numpy as np
 import trimesh
 from PIL import Image
 
-from mf_diffusers.depth_io import as_depth_map, as_rgb, atomic_write
+from mf_diffusers.depth_io import as_depth_map
+from mf_diffusers.files import atomic_write
+from mf_diffusers.modality_forcing.image_processor import as_rgb
 
 
 FOV_DEGREES = 55.0

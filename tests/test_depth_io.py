@@ -10,12 +10,12 @@ from mf_diffusers.depth_io import (
     DEPTH_SUFFIXES,
     DEPTH_WRITE_SUFFIXES,
     as_depth_map,
-    as_rgb,
-    atomic_write,
     read_depth,
     read_image,
     write_depth,
 )
+from mf_diffusers.files import atomic_write
+from mf_diffusers.modality_forcing.image_processor import as_rgb
 
 
 DEPTH = np.array([[0.5, 1.25, 0], [3, 7.75, 2.5]], dtype=np.float32)

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..files import atomic_write
+
 
 # Published key -> diffusers key, N counting blocks. A tuple: the published tensor stacks these along its rows.
 TRANSFORMER_KEYS: dict[str, str | tuple[str, ...]] = {
@@ -107,15 +109,9 @@ def load_safetensors(path: str | Path) -> StateDict:
 
 
 def save_safetensors(state_dict: StateDict, path: str | Path) -> None:
-    """Writes a safetensors file under a temporary name and renames it, so that a broken write leaves no broken file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, partial, metadata={"format": "pt"})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a safetensors file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, temporary, {"format": "pt"})
 
 
 def convert_published_transformer(state_dict: StateDict) -> tuple[dict, StateDict]:

@@ -103,7 +103,7 @@ class DepthProcessor(ConfigMixin):
             depth = depth[:, None]
         if depth.ndim != 4 or depth.shape[1] != 1 or depth.numel() == 0:
             raise ValueError(
-                f"Depth must have shape (H, W), (B, H, W) or (B, 1, H, W) and at least one pixel, got {tuple(depth.shape)}."
+                f"Depth must have shape (H, W), (B, H, W) or (B, 1, H, W) and a pixel, got {tuple(depth.shape)}."
             )
         return depth.float()
 

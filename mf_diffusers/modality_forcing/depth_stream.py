@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 
 
 def timestep_sinusoids(timestep: torch.Tensor, channels: int) -> torch.Tensor:
-    """Cosines, then sines, of `timestep` (B,) at frequencies ``10000**(-i / (channels / 2))``: (B, channels), float32."""
+    """Cosines, then sines, of `timestep` (B,) at ``10000**(-i / (channels / 2))``: (B, channels), float32."""
     half = channels // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     # expf differs in its last bit from machine to machine, and t * 1000 turns that bit into 1e-4 of the output.

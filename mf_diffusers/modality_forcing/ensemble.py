@@ -16,8 +16,8 @@ def ensemble_depth(
         iterations: rounds of alternating between the median map and the scales.
 
     Returns:
-        Median depth (B, 1, H, W); its relative uncertainty (B, 1, H, W), the median absolute deviation of log depth
-        (0.1 is about 10%); and the validity (B, 1, H, W), where at least half of the samples are valid.
+        Median depth (B, 1, H, W); its validity (B, 1, H, W), where at least half of the samples are valid; and its
+        relative uncertainty (B, 1, H, W), the median absolute deviation of log depth (0.1 is about 10%).
     """
     log_depths = depths.log()
     everywhere = valid.all(dim=0, keepdim=True)
@@ -30,4 +30,4 @@ def ensemble_depth(
         log_depths = log_depths - offset[..., None, None, None]
     median = log_depths.median(dim=0).values
     uncertainty = (log_depths - median).abs().median(dim=0).values
-    return median.exp(), uncertainty, valid.float().mean(dim=0) >= 0.5
+    return median.exp(), valid.float().mean(dim=0) >= 0.5, uncertainty

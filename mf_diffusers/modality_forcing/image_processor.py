@@ -9,21 +9,27 @@ import torch
 import torch.nn.functional as F
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """
-    Any Pillow image as 8-bit RGB, upright: EXIF rotation is applied, transparency is laid over white, 16-bit values are
-    rescaled, palettes and other colour spaces are converted.
+    A Pillow image of any mode as 8-bit RGB, upright: EXIF rotation is applied, transparency is laid over white, 16-bit
+    gray is rescaled from 0..65535, palettes and other colour spaces are converted.
+
+    Raises:
+        ValueError: values without a known range: floats, or integers outside 0..65535.
     """
     image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("A picture of floats has no known range: save it with 8 or 16 bits per channel.")
     if image.mode.startswith("I"):
-        image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError(
-            "A float picture (mode 'F') has no agreed range: convert it to 8 or 16 bits, or give an array in [0, 1]."
-        )
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(
+                f"Gray values {levels.min()}..{levels.max()} do not fit 16 bits: save with 8 or 16 bits per channel."
+            )
+        image = PIL.Image.fromarray(np.round(levels / 257).astype(np.uint8))
     if image.has_transparency_data:
-        white = PIL.Image.new("RGBA", image.size, "white")
-        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -49,7 +55,7 @@ def image_to_tensor(image) -> torch.Tensor:
             )
         return torch.cat(images)
     if isinstance(image, PIL.Image.Image):
-        image = np.array(to_rgb(image))
+        image = np.array(as_rgb(image))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image / 255.0 if image.dtype == np.uint8 else image).movedim(-1, -3)
     if not isinstance(image, torch.Tensor):
@@ -72,8 +78,8 @@ def image_to_tensor(image) -> torch.Tensor:
 
 def processing_size(height: int, width: int, pixels: int, multiple: int = 16) -> tuple[int, int]:
     """
-    The (height, width) at which to work on an input of `height` x `width`: its aspect ratio, an area near `pixels`, both
-    sides rounded to `multiple` (at least one `multiple`).
+    The (height, width) at which to work on an input of `height` x `width`: its aspect ratio at an area near `pixels`,
+    both sides rounded to `multiple` (at least one `multiple`).
     """
     scale = math.sqrt(pixels / (height * width))
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))

@@ -67,9 +67,7 @@ def sample_plateau_logit_normal(
     """
     mode = logit_normal_mode(mu, sigma)
     below = _normal_cdf((_logit(mode) - mu) / sigma)
-    density = math.exp(-0.5 * ((_logit(mode) - mu) / sigma) ** 2) / (
-        sigma * math.sqrt(2 * math.pi) * mode * (1 - mode)
-    )
+    density = math.exp(-0.5 * ((_logit(mode) - mu) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi) * mode * (1 - mode))
     total = below + (1 - mode) * density
 
     mass = torch.rand(shape, generator=generator, device=device, dtype=torch.float64) * total

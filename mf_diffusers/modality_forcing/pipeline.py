@@ -1,8 +1,9 @@
 """One pipeline of images and depth: what is given decides what is made."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .conversion import convert_published_autoencoder, load_safetensors
 from .depth_processor import DepthProcessor
 from .ensemble import ensemble_depth
 from .image_processor import image_to_tensor, processing_size, resize
+from .latent_tokens import decode_latents, image_to_tokens, position_ids, tokens_to_latents
 from .noise import add_noise, velocity_from_clean
 from .pipeline_output import ModalityForcingPipelineOutput
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
@@ -46,7 +48,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
             passes `prompt_embeds` (and `negative_prompt_embeds`).
         tokenizer (`Qwen2TokenizerFast`): Tokenizer with a chat template.
         depth_processor ([`DepthProcessor`]): Depth maps to tokens and back.
-        text_encoder_out_layers (`tuple[int]`, defaults to `(9, 18, 27)`): Hidden layers to put side by side.
+        text_encoder_out_layers (`list[int]`, defaults to `[9, 18, 27]`): Hidden layers to put side by side.
         max_sequence_length (`int`, defaults to 512): Text tokens; shorter prompts are padded to it.
         default_sample_size (`int`, defaults to 512): Side of the square whose area is the pixel budget.
         default_log2_alpha (`float`, defaults to 5.0): Trajectory of joint generation.
@@ -65,7 +67,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         text_encoder: Qwen3ForCausalLM | None,
         tokenizer: Qwen2TokenizerFast | None,
         depth_processor: DepthProcessor,
-        text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
+        text_encoder_out_layers: list[int] = (9, 18, 27),
         max_sequence_length: int = 512,
         default_sample_size: int = 512,
         default_log2_alpha: float = 5.0,
@@ -81,7 +83,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
             depth_processor=depth_processor,
         )
         self.register_to_config(
-            text_encoder_out_layers=tuple(text_encoder_out_layers),
+            text_encoder_out_layers=list(text_encoder_out_layers),
             max_sequence_length=max_sequence_length,
             default_sample_size=default_sample_size,
             default_log2_alpha=default_log2_alpha,
@@ -119,9 +121,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(
-                snapshot_download(str(folder), allow_patterns=["*.safetensors", "config.json"], **hub_kwargs)
-            )
+            folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "config.json"], **hub_kwargs))
         transformer = ModalityForcingFlux2Transformer2DModel.from_published(folder, torch_dtype=torch_dtype)
         vae_config, vae_weights = convert_published_autoencoder(
             load_safetensors(folder / "ae_encoder.safetensors"), load_safetensors(folder / "ae_decoder.safetensors")
@@ -175,8 +175,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         if prompt is None and prompt_embeds is None and image is None:
             raise ValueError("Give a `prompt` (or `prompt_embeds`); only image -> depth does without one.")
         if prompt is not None and not (
-            isinstance(prompt, str)
-            or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
         ):
             raise ValueError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
         for name, value, least in (
@@ -192,9 +191,9 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
                 "`num_refinement_steps` refines the depth of joint generation: give neither `image` nor `depth`."
             )
         if ensemble_size > 1 and image is None and not num_refinement_steps:
-            raise ValueError(
-                "`ensemble_size` needs depth made from an image: give `image`, or `num_refinement_steps`."
-            )
+            raise ValueError("`ensemble_size` needs depth made from an image: give `image`, or `num_refinement_steps`.")
+        if ensemble_size > 1 and output_type == "latent":
+            raise ValueError("An ensemble is a median of depth maps: take the `output_type` 'pt' in place of 'latent'.")
         if ensemble_size > 1 and depth_latents is not None:
             raise ValueError("`depth_latents` is the noise of one sample, so it cannot start an ensemble.")
         if log2_alpha is not None and image is not None:
@@ -231,7 +230,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         device = device or self._execution_device
         if prompt_embeds is None and self.text_encoder is None:
             raise ValueError(
-                "This pipeline was loaded without a text encoder: give `prompt_embeds`, and `negative_prompt_embeds` for guidance."
+                "This pipeline has no text encoder: give `prompt_embeds`, and `negative_prompt_embeds` for guidance."
             )
         if prompt_embeds is None:
             chats = [[{"role": "user", "content": p}] for p in ([prompt] if isinstance(prompt, str) else prompt)]
@@ -260,30 +259,6 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
             prompt_embeds = torch.cat([hidden_states[layer] for layer in self.config.text_encoder_out_layers], dim=-1)
         prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, position_ids(length=prompt_embeds.shape[1]).to(device)
-
-    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> normalised latent tokens (B, N, C), float32."""
-        latents = self.vae.encode(2 * image.to(self.vae.dtype) - 1).latent_dist.mode().float()
-        batch_size, channels, height, width = latents.shape
-        latents = latents.view(batch_size, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
-        mean, std = self.latent_statistics(latents.device)
-        return ((latents.reshape(batch_size, 4 * channels, -1) - mean) / std).transpose(1, 2)
-
-    def decode_latents(self, latents: torch.Tensor, height: int, width: int, output_type: str = "pt") -> torch.Tensor:
-        """Latent tokens (B, N, C) -> images (B, 3, H, W) in [-1, 1], or VAE latents (B, C / 4, h, w) for "latent"."""
-        rows, columns = height // self.token_size, width // self.token_size
-        mean, std = self.latent_statistics(latents.device)
-        latents = (latents.transpose(1, 2) * std + mean).view(len(latents), -1, 2, 2, rows, columns)
-        latents = latents.permute(0, 1, 4, 2, 5, 3).reshape(len(latents), -1, 2 * rows, 2 * columns)
-        if output_type == "latent":
-            return latents
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
-
-    def latent_statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's 2x2 latent cells, (C, 1) each, float32."""
-        norm = self.vae.bn
-        std = torch.sqrt(norm.running_var.float() + self.vae.config.batch_norm_eps)
-        return norm.running_mean.float().to(device)[:, None], std.to(device)[:, None]
 
     def prepare_latents(
         self, batch_size: int, height: int, width: int, device, generator, latents: torch.Tensor | None = None
@@ -387,6 +362,9 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         depth_sigmas = depth_scheduler.sigmas if depth_scheduler else still
         depth_noise = depth_latents
         dtype = self.transformer.dtype
+        prompt_embeds = prompt_embeds.to(dtype)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.to(dtype)
 
         for i in range(num_steps):
             if self.interrupt:
@@ -437,29 +415,18 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         return latents, depth_latents
 
     def postprocess_depth(
-        self,
-        output: ModalityForcingPipelineOutput,
-        samples: list[torch.Tensor],
-        height: int,
-        width: int,
-        output_size: tuple[int, int],
-        output_type: str,
-    ) -> None:
-        """Depth tokens of one or several samples into the depth fields of `output`."""
+        self, samples: list[torch.Tensor], height: int, width: int, output_size: tuple[int, int], output_type: str
+    ) -> tuple[torch.Tensor | np.ndarray | None, ...]:
+        """Depth tokens of one or several samples -> depth, validity and uncertainty, as `output_type` says."""
         if output_type == "latent":
-            maps = [self.depth_processor.unpatchify(sample, height, width) for sample in samples]
-            output.depth = maps[0] if len(maps) == 1 else torch.stack(maps).median(dim=0).values
-            return
+            return self.depth_processor.unpatchify(samples[0], height, width), None, None
         maps, masks = zip(*(self.depth_processor.postprocess(s, height, width, output_size) for s in samples))
-        output.depth, output.depth_mask = maps[0], masks[0]
+        depth, mask, uncertainty = maps[0], masks[0], None
         if len(samples) > 1:
-            output.depth, output.depth_uncertainty, output.depth_mask = ensemble_depth(
-                torch.stack(maps), torch.stack(masks)
-            )
-        if output_type != "pt":
-            for name, value in output.items():
-                if name != "images":
-                    output[name] = value[:, 0].cpu().numpy()
+            depth, mask, uncertainty = ensemble_depth(torch.stack(maps), torch.stack(masks))
+        if output_type == "pt":
+            return depth, mask, uncertainty
+        return tuple(None if m is None else m[:, 0].cpu().numpy() for m in (depth, mask, uncertainty))
 
     @property
     def guidance_scale(self) -> float:
@@ -532,8 +499,8 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
             log2_alpha (`float`, *optional*): Trajectory `t_depth = f(t_rgb, 2**log2_alpha)`. Joint generation: above 0
                 RGB resolves first (default 5.0), below 0 depth does. Depth -> image: how tightly the depth is followed,
                 from -5 (loose) over -8 and -11 to -14 (tight); default: rigidly.
-            num_refinement_steps (`int`, defaults to 0): After joint generation, steps of an image -> depth pass over the
-                generated image, for sharper depth.
+            num_refinement_steps (`int`, defaults to 0): After joint generation, steps of an image -> depth pass over
+                the generated image, for sharper depth.
             ensemble_size (`int`, defaults to 1): Image -> depth samples to align and take the median of; also gives
                 `depth_uncertainty`.
             num_images_per_prompt (`int`, defaults to 1): Results for each prompt, image or depth map.
@@ -543,7 +510,8 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
             depth_latents (`torch.Tensor` of shape (B, 1, height, width), *optional*): Depth noise to start from.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape (B, L, D), *optional*): In place of `prompt`
                 and of the empty prompt.
-            output_type (`str`, defaults to "pil"): "pil", "np", "pt" or "latent"; see [`ModalityForcingPipelineOutput`].
+            output_type (`str`, defaults to "pil"): "pil", "np", "pt" or "latent": see
+                [`ModalityForcingPipelineOutput`].
             return_dict (`bool`, defaults to `True`): Whether to return a [`ModalityForcingPipelineOutput`] or a tuple
                 (images, depth, depth_mask, depth_uncertainty).
             attention_kwargs (`dict`, *optional*): For the attention processors; `{"scale": 0.5}` weakens a LoRA.
@@ -596,9 +564,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
             raise ValueError(
                 f"{len(generator)} generators do not go with {batch_size} results: give one for each, or one."
             )
-        (height, width), output_size = self.prepare_size(
-            height, width, given.shape[-2:] if given is not None else None
-        )
+        (height, width), output_size = self.prepare_size(height, width, given.shape[-2:] if given is not None else None)
 
         # 3. Text features; guidance steers away from those of the empty prompt
         prompt_embeds, text_ids = self.encode_prompt(prompt, device, batch_size // num_prompts, prompt_embeds)
@@ -664,7 +630,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
                 )
             else:
                 image = resize(image, (height, width)).to(device)
-                latents = self.encode_image(image).repeat_interleave(batch_size // num_given, dim=0)
+                latents = image_to_tokens(self.vae, image).repeat_interleave(batch_size // num_given, dim=0)
 
             # 6. The depth stream of a finished image
             depth_samples = [depth_latents]
@@ -680,7 +646,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
                         None,
                         self.prepare_scheduler(self.depth_scheduler, refinement_sigmas, device),
                         prompt_embeds,
-                        # A refinement pass is image -> depth, whose guidance is off unless the caller turns it on there.
+                        # A refinement pass is image -> depth, where guidance is off by default.
                         negative_prompt_embeds=None if makes_image else negative_prompt_embeds,
                         guidance_scale=self.guidance_scale,
                         progress_bar=progress_bar,
@@ -690,25 +656,19 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         self._current_timestep = None
 
         # 7. Back to images and depth maps
-        output = ModalityForcingPipelineOutput()
+        images, depth_outputs = None, (None, None, None)
         if makes_image:
-            images = self.decode_latents(latents, height, width, output_type)
-            if output_type == "latent":
-                output.images = images
-            else:
-                output.images = self.image_processor.postprocess(resize(images, output_size), output_type)
+            images = tokens_to_latents(self.vae, latents, rows, columns)
+            if output_type != "latent":
+                images = resize(decode_latents(self.vae, images), output_size)
+                images = self.image_processor.postprocess(images, output_type)
         if depth is None:
-            self.postprocess_depth(output, depth_samples, height, width, output_size, output_type)
+            depth_outputs = self.postprocess_depth(depth_samples, height, width, output_size, output_type)
 
         self.maybe_free_model_hooks()
-        return output if return_dict else (output.images, output.depth, output.depth_mask, output.depth_uncertainty)
-
-
-def position_ids(time: int = 0, rows: int = 1, columns: int = 1, length: int = 1) -> torch.Tensor:
-    """Positions (time, row, column, text index) of a row-major grid or of a text: (1, rows * columns * length, 4)."""
-    return torch.cartesian_prod(torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(length))[
-        None
-    ]
+        if not return_dict:
+            return (images, *depth_outputs)
+        return ModalityForcingPipelineOutput(images, *depth_outputs)
 
 
 def _given_or_drawn(name: str, latents: torch.Tensor | None, shape: tuple, generator, device) -> torch.Tensor:

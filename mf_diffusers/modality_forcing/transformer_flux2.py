@@ -349,7 +349,7 @@ class ModalityForcingFlux2Transformer2DModel(
             depth_hidden_states (`torch.Tensor` of shape `(B, N, depth_channels)`, *optional*): Depth tokens.
             depth_timestep (`torch.Tensor` of shape `(B,)`, *optional*): Depth noise level in [0, 1].
             depth_ids (`torch.Tensor` of shape `(B, N, 4)` or `(N, 4)`, *optional*): Positions (1, row, column, 0).
-            joint_attention_kwargs (`dict`, *optional*): `scale` of the LoRA layers, and what the attention processor takes.
+            joint_attention_kwargs (`dict`, *optional*): `scale` of the LoRA layers; arguments of the processor.
             return_dict (`bool`): Whether to return a [`ModalityForcingTransformerOutput`] or a plain tuple.
 
         Returns:
@@ -476,7 +476,7 @@ class ModalityForcingFlux2Transformer2DModel(
         the RGB stream is only disturbed by the new tokens it attends to. The base's weights are copied bit by bit.
 
         Args:
-            base (`Flux2Transformer2DModel`): The pretrained model; it is not changed and shares no memory with the result.
+            base (`Flux2Transformer2DModel`): The pretrained model; it shares no memory with the result.
             depth_channels, num_depth_decoder_layers, depth_timestep_mixing: See the class.
 
         Returns:

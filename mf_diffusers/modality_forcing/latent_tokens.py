@@ -1,0 +1,38 @@
+"""Images to the transformer's RGB tokens and back: VAE latents in 2x2 cells, whitened, and the tokens' positions."""
+
+import torch
+from diffusers import AutoencoderKLFlux2
+
+
+def image_to_tokens(vae: AutoencoderKLFlux2, image: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> whitened latent tokens (B, N, C), float32, C = 4 times the latent channels."""
+    latents = vae.encode(2 * image.to(vae.dtype) - 1).latent_dist.mode().float()
+    batch_size, channels, height, width = latents.shape
+    latents = latents.view(batch_size, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    mean, std = _cell_statistics(vae, latents.device)
+    return ((latents.reshape(batch_size, 4 * channels, -1) - mean) / std).transpose(1, 2)
+
+
+def tokens_to_latents(vae: AutoencoderKLFlux2, tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Whitened latent tokens (B, rows * columns, C) -> VAE latents (B, C / 4, 2 * rows, 2 * columns), float32."""
+    mean, std = _cell_statistics(vae, tokens.device)
+    cells = (tokens.float().transpose(1, 2) * std + mean).view(len(tokens), -1, 2, 2, rows, columns)
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(len(tokens), -1, 2 * rows, 2 * columns)
+
+
+def decode_latents(vae: AutoencoderKLFlux2, latents: torch.Tensor) -> torch.Tensor:
+    """VAE latents -> images (B, 3, H, W) in [-1, 1], float32."""
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+
+
+def position_ids(time: int = 0, rows: int = 1, columns: int = 1, length: int = 1) -> torch.Tensor:
+    """Positions (time, row, column, text index) of a row-major grid or of a text: (1, rows * columns * length, 4)."""
+    return torch.cartesian_prod(torch.tensor([time]), torch.arange(rows), torch.arange(columns), torch.arange(length))[
+        None
+    ]
+
+
+def _cell_statistics(vae: AutoencoderKLFlux2, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel of a 2x2 cell, (C, 1) each, float32."""
+    std = torch.sqrt(vae.bn.running_var.float() + vae.config.batch_norm_eps)
+    return vae.bn.running_mean.float().to(device)[:, None], std.to(device)[:, None]
