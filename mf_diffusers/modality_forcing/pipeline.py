@@ -92,6 +92,9 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         # A latent token is a 2x2 cell of VAE latents; a depth token covers the same pixels.
         self.token_size = 2 * self.vae_scale_factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.token_size)
+        self._attention_kwargs = None
+        self._current_timestep = None
+        self._interrupt = False
 
     @classmethod
     def from_published(
