@@ -1,0 +1,50 @@
+"""The context-parallel plan, on two CPU processes (Ulysses; ring attention needs kernels that only GPUs have)."""
+
+import socket
+
+import torch
+import torch.distributed as dist
+from conftest import TINY_TRANSFORMER, randomize
+from diffusers import ContextParallelConfig, ParallelConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing import spawn
+
+from mf_diffusers import ModalityForcingFlux2Transformer2DModel
+from mf_diffusers.modality_forcing.latent_tokens import position_ids
+
+
+def worker(rank: int, port: int):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = randomize(ModalityForcingFlux2Transformer2DModel(**TINY_TRANSFORMER)).eval()
+    inputs = {
+        "hidden_states": torch.randn(2, 6, 16),
+        "encoder_hidden_states": torch.randn(2, 4, 48),
+        "timestep": torch.rand(2),
+        "img_ids": position_ids(rows=2, columns=3),
+        "txt_ids": position_ids(length=4),
+        "depth_hidden_states": torch.randn(2, 6, 16),
+        "depth_timestep": torch.rand(2),
+        "depth_ids": position_ids(time=1, rows=2, columns=3),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        whole = model(**inputs)
+        cp_config = ContextParallelConfig(ulysses_degree=2)
+        config = ParallelConfig(context_parallel_config=cp_config)
+        # enable_parallelism builds its mesh on an accelerator; the mesh is all that differs here.
+        mesh = init_device_mesh("cpu", cp_config.mesh_shape, mesh_dim_names=cp_config.mesh_dim_names)
+        config.setup(rank, 2, torch.device("cpu"), mesh=mesh)
+        model._resolve_parallel_config = lambda _: config
+        model.enable_parallelism(config=config)
+        split = model(**inputs)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, split))
+    dist.destroy_process_group()
+
+
+def test_ulysses_on_two_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(worker, (port,), nprocs=2)
