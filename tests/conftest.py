@@ -11,6 +11,8 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for one another
+
 TINY_TRANSFORMER = {
     "in_channels": 16,
     "num_layers": 2,

@@ -20,7 +20,7 @@ from .depth_processor import DepthProcessor
 from .ensemble import ensemble_depth
 from .image_processor import image_to_tensor, processing_size, resize
 from .latent_tokens import decode_latents, image_to_tokens, position_ids, tokens_to_latents
-from .noise import add_noise, velocity_from_clean
+from .noise import add_noise, shift_timestep, velocity_from_clean
 from .pipeline_output import ModalityForcingPipelineOutput
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
@@ -605,16 +605,15 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
                 if depth is not None:
                     depth = depth.repeat_interleave(batch_size // num_given, dim=0)
                     depth_condition = self.prepare_depth_condition(depth, depth_mask, height, width, device, generator)
-                if depth is None or log2_alpha is not None:
+                if depth is None and log2_alpha is None:
+                    log2_alpha = self.config.default_log2_alpha
+                if log2_alpha is not None:
                     depth_latents = self.prepare_depth_latents(
                         batch_size, height, width, device, generator, depth_latents
                     )
                     depth_scheduler = self.prepare_scheduler(
-                        type(self.depth_scheduler).from_config(
-                            self.depth_scheduler.config,
-                            shift=2.0 ** (self.config.default_log2_alpha if log2_alpha is None else log2_alpha),
-                        ),
-                        scheduler.sigmas[:-1].cpu(),
+                        type(self.depth_scheduler).from_config(self.depth_scheduler.config, shift=1.0),
+                        shift_timestep(scheduler.sigmas[:-1].double().cpu(), 2.0**log2_alpha),
                         device,
                     )
                 else:
