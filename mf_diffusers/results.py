@@ -1,0 +1,112 @@
+"""The folder that a run writes: an image, its depth, their geometry, and what it takes to make them again."""
+
+import json
+import os
+import shutil
+import uuid
+import warnings
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mf_diffusers.depth_io import as_depth_map, write_depth
+from mf_diffusers.geometry import FOV_DEGREES, mesh, point_cloud, save_glb, save_ply
+from mf_diffusers.visualization import colorize_depth, colorize_error
+
+
+METADATA = "metadata.json"
+
+
+@contextmanager
+def temporary_folder(parent):
+    """Yield a new hidden folder in `parent`, which is made where missing. What is still there at the end is removed.
+
+    Raises OSError, PermissionError for one, when `parent` cannot be written.
+    """
+    folder = Path(parent) / f".{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)  # not tempfile: its folders are readable by their owner alone
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def place_folder(folder, path):
+    """Rename a finished `folder` to `path` beside it, in the place of a folder that is there."""
+    replaced = folder.with_suffix(".old")
+    try:
+        if path.exists():
+            path.rename(replaced)
+        folder.rename(path)
+    finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def place_result(folder, output, name, overwrite=False, written=()):
+    """Rename a finished result folder to `output/name`, or to the first free of `name-002`, `name-003`, ...
+
+    Args:
+        folder: a `temporary_folder` of `output`.
+        overwrite: replace the result that has the name. What is no result, because it has no metadata.json, stays.
+        written: paths that are taken whatever `overwrite` says: the other results of this run.
+
+    Returns the path that it got.
+    """
+    for number in count(1):
+        path = Path(output) / (name if number == 1 else f"{name}-{number:03}")
+        if path not in written and overwrite and (path / METADATA).is_file():
+            place_folder(folder, path)
+            return path
+        if not os.path.lexists(path):
+            try:
+                folder.rename(path)
+                return path
+            except OSError:
+                if not path.exists():  # else another run was faster: the next name
+                    raise
+
+
+def write_result(folder, image, depth, metadata, mask=None, uncertainty=None, fov_degrees=FOV_DEGREES, exr=False):
+    """Write the files of a result into `folder`.
+
+    image.png; depth.npy, the depth as it is; depth.png (16 bits), depth_colored.png, points.ply, points.glb and with
+    `exr` depth.exr, all without the pixels that have no valid depth; mask.png where there are such pixels;
+    uncertainty.npy and uncertainty.png where there is one; metadata.json.
+
+    Args:
+        image: RGB `PIL.Image`.
+        depth: float32 (H, W), of the size of `image`.
+        metadata: what can be written as JSON; paths are written as text.
+        mask: bool (H, W), True where `depth` is valid. None: where it is above 0.
+        uncertainty: relative uncertainty (H, W).
+        fov_degrees: field of view of the point cloud and the mesh along the longer side.
+
+    Warns with UserWarning when no pixel is left for the point cloud or the mesh, which is then left out.
+    """
+    image.save(folder / "image.png")
+    np.save(folder / "depth.npy", depth.astype(np.float32))
+    depth = as_depth_map(depth, mask)
+    valid = depth > 0
+    write_depth(folder / "depth.png", depth)
+    if exr:
+        write_depth(folder / "depth.exr", depth)
+    Image.fromarray(colorize_depth(depth)).save(folder / "depth_colored.png")
+    if not valid.all():
+        Image.fromarray(255 * valid.astype(np.uint8)).save(folder / "mask.png")
+    if uncertainty is not None:
+        np.save(folder / "uncertainty.npy", uncertainty.astype(np.float32))
+        Image.fromarray(colorize_error(uncertainty, valid)).save(folder / "uncertainty.png")
+    for name, build, save in (("points.ply", point_cloud, save_ply), ("points.glb", mesh, save_glb)):
+        try:
+            geometry = build(depth, image, fov_degrees=fov_degrees)
+        except ValueError as error:
+            warnings.warn(f"no {name} is written: {error}", UserWarning, stacklevel=2)
+        else:
+            save(folder / name, *geometry)
+    text = json.dumps(metadata, indent=2, ensure_ascii=False, default=str)
+    (folder / METADATA).write_text(text + "\n", encoding="utf-8")
