@@ -1,0 +1,631 @@
+"""The command line: text, images and depth maps in, result folders out; checkpoints converted and described."""
+
+# torch and diffusers take seconds to import, so the commands import them: `--help` is to come at once.
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from typer.core import TyperGroup
+
+
+LICENCE_NOTE = "The authors' published weights are licensed CC BY-NC 4.0 (not for commercial use), converted or not."
+SAFETENSORS_DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "I64": "int64",
+}
+
+
+class Commands(TyperGroup):
+    """Commands whose expected errors are one line on stderr; MF_DIFFUSERS_DEBUG=1 shows where they come from."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            if os.environ.get("MF_DIFFUSERS_DEBUG"):
+                raise
+            typer.echo(f"error: {reason(error)}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Modality Forcing: images and depth from one diffusion transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def choice(*values):
+    def check(value: str) -> str:
+        if value in ("float16", "fp16", "half"):
+            raise typer.BadParameter(f"{value}: the model overflows in float16; take bfloat16 (same size) or float32.")
+        if value not in values:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(values)}.")
+        return value
+
+    return {"callback": check, "metavar": "|".join(values)}
+
+
+def option(*names, panel="Options", **settings):
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+DTYPES = choice("auto", "bfloat16", "float32")
+TEXT_ENCODER_HELP = (
+    "Qwen3 text encoder and tokenizer, folder or Hub repository; default: the model's, or one that fits."
+)
+
+Model = Annotated[
+    str, option("--model", "-m", envvar="MF_DIFFUSERS_MODEL", help="Folder or Hub id: diffusers or published layout.")
+]
+TextEncoder = Annotated[str | None, option(help=TEXT_ENCODER_HELP)]
+Lora = Annotated[str | None, option(help="LoRA: file, folder or Hub id.")]
+Steps = Annotated[int, option(min=1, help="Euler steps; for the depth of an image 1 to 4 already do well.")]
+GuidanceScale = Annotated[float | None, option(min=0, help="Pull towards the prompt; default 4, for depth 1 (off).")]
+Seed = Annotated[int, option(min=0, max=2**32, help="Result number i, from 0, has the seed SEED + i.")]
+Height = Annotated[int | None, option(min=1, help="To work at, a multiple of 16; default: fits the input.")]
+Width = Annotated[int | None, option(min=1, help="To work at, a multiple of 16; default: fits the input.")]
+Output = Annotated[Path, option("--output", "-o", panel="Result", help="Folder for the result folders.")]
+Overwrite = Annotated[bool, option("--overwrite", panel="Result", help="Replace; default: write NAME-002 beside NAME.")]
+Fov = Annotated[float, option(min=1, max=179, panel="Result", help="Degrees that the longer side of the points spans.")]
+Exr = Annotated[bool, option("--exr", panel="Result", help="Write depth.exr too.")]
+Device = Annotated[str, option(panel="Machine", help="auto (cuda, else mps, else cpu) or a torch device.")]
+Dtype = Annotated[str, option(panel="Machine", **DTYPES, help="auto: bfloat16 on cuda, else float32.")]
+Offload = Annotated[
+    str, option(panel="Machine", **choice("none", "model", "group"), help="Weights in main memory; group: least VRAM.")
+]
+Offline = Annotated[bool, option("--offline", panel="Machine", help="Ask no server; only what is on disk.")]
+Quiet = Annotated[bool, option("--quiet", "-q", panel="Machine", help="Print errors alone.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to show; each gives a result folder.")],
+    model: Model,
+    num: Annotated[int, option("--num", "-n", min=1, help="Results for each prompt.")] = 1,
+    log2_alpha: Annotated[
+        float | None, option(min=-30, max=30, help="Above 0 the image settles first, below 0 depth; default: 5.")
+    ] = None,
+    refine: Annotated[int, option(min=0, help="Steps of a second pass, image to depth, for sharper depth.")] = 0,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    lora: Lora = None,
+    text_encoder: TextEncoder = None,
+    output: Output = Path("outputs"),
+    overwrite: Overwrite = False,
+    fov: Fov = 55.0,
+    exr: Exr = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
+    offline: Offline = False,
+    quiet: Quiet = False,
+):
+    """Make images and their depth from text.
+
+    mf-diffusers generate "a lighthouse at dusk" "a tiled kitchen" --model MODEL --num 2
+    """
+    settings = locals()
+    sources = [prompt for prompt in settings.pop("prompts") for _ in range(num)]
+
+    def given(prompt):
+        return {"prompt": prompt, "log2_alpha": log2_alpha, "num_refinement_steps": refine}
+
+    run("generate", settings, sources, given)
+
+
+@app.command()
+def depth(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, or folders of pictures.")],
+    model: Model,
+    prompt: Annotated[str | None, option("--prompt", "-p", help="What the picture shows; can be left out.")] = None,
+    ensemble: Annotated[int, option(min=1, help="Samples to take the median of; also gives uncertainty.")] = 1,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    lora: Lora = None,
+    text_encoder: TextEncoder = None,
+    output: Output = Path("outputs"),
+    overwrite: Overwrite = False,
+    fov: Fov = 55.0,
+    exr: Exr = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
+    offline: Offline = False,
+    quiet: Quiet = False,
+):
+    """Make the depth of images.
+
+    mf-diffusers depth photo.jpg holiday/ --model MODEL --steps 4 --ensemble 5
+    """
+    settings = locals()
+    from mf_diffusers.depth_io import IMAGE_SUFFIXES, read_image
+
+    sources = files_among(settings.pop("images"), IMAGE_SUFFIXES)
+
+    def given(path):
+        return {"image": read_image(path), "prompt": prompt, "ensemble_size": ensemble}
+
+    run("depth", settings, sources, given)
+
+
+@app.command()
+def image(
+    depths: Annotated[
+        list[Path], typer.Argument(metavar="DEPTH", help="Depth maps (png, npy, npz, exr, tif, pfm), or folders.")
+    ],
+    prompt: Annotated[str, option("--prompt", "-p", help="What to show.")],
+    model: Model,
+    log2_alpha: Annotated[
+        float | None, option(min=-30, max=30, help="From -5, a loose hold of depth, to -14, tight; default: rigid.")
+    ] = None,
+    depth_scale: Annotated[
+        float | None, option(help="Factor of stored values, 0.001 for millimetres; default: the one in the file.")
+    ] = None,
+    depth_key: Annotated[str | None, option(help="Array of an npz, channel of an EXR.")] = None,
+    inverse: Annotated[
+        bool, option("--inverse", help="Files hold inverse depth (bright is near), as artists' maps do.")
+    ] = False,
+    steps: Steps = 50,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    lora: Lora = None,
+    text_encoder: TextEncoder = None,
+    output: Output = Path("outputs"),
+    overwrite: Overwrite = False,
+    fov: Fov = 55.0,
+    exr: Exr = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
+    offline: Offline = False,
+    quiet: Quiet = False,
+):
+    """Make images of depth maps: larger is farther (unless --inverse), 0 is missing.
+
+    mf-diffusers image outputs/photo/depth.npy --prompt "the same street in snow" --model MODEL
+    """
+    settings = locals()
+    import numpy as np
+
+    from mf_diffusers.depth_io import DEPTH_SUFFIXES, as_depth_map, read_depth
+
+    sources = files_among(settings.pop("depths"), DEPTH_SUFFIXES)
+
+    def given(path):
+        values = read_depth(path, scale=depth_scale, key=depth_key)
+        if inverse:
+            with np.errstate(divide="ignore", over="ignore"):
+                values = as_depth_map(1 / values)
+        return {"depth": values, "prompt": prompt, "log2_alpha": log2_alpha}
+
+    run("image", settings, sources, given)
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(help="Published layout (folder or .safetensors), or a diffusers folder.")],
+    dst: Annotated[Path, typer.Argument(help="A folder for diffusers, or NAME.safetensors in the published layout.")],
+    text_encoder: Annotated[
+        str | None, option(help="To save in the pipeline, folder or Hub id; default: none.")
+    ] = None,
+    prefix: Annotated[str, option(help='Of the keys in NAME.safetensors; in the authors\' file "dit.".')] = "",
+    dtype: Annotated[str, option(**DTYPES, help="auto: as stored.")] = "auto",
+    overwrite: Annotated[bool, option("--overwrite", help="Replace DST.")] = False,
+    offline: Offline = False,
+):
+    """Convert weights between the published layout and diffusers, both ways.
+
+    A published folder with the autoencoder becomes a pipeline, one without it or a file a transformer.
+
+    mf-diffusers convert modality_forcing/ klein-depth/
+
+    mf-diffusers convert klein-depth/ klein-depth.safetensors
+    """
+    import torch
+
+    from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
+    from mf_diffusers.results import place_folder, temporary_folder
+
+    kind, _, parts, _ = read_checkpoint(src, offline)
+    to_file = dst.suffix == ".safetensors"
+    if not to_file and kind != "published layout":
+        raise ValueError(f"{src} is a diffusers folder already: give a DST that ends in .safetensors.")
+    if dst.exists():
+        ours = dst.is_file() if to_file else (dst / "model_index.json").is_file() or (dst / "config.json").is_file()
+        if not (overwrite and ours) or dst.resolve() in (Path(src).resolve(), *Path(src).resolve().parents):
+            raise FileExistsError(
+                f"{dst} exists: choose another name, or replace an earlier conversion by --overwrite."
+            )
+    stored = Counter(tensor.dtype for tensor in parts["transformer"].values()).most_common(1)[0][0]
+    torch_dtype = stored if dtype == "auto" else getattr(torch, dtype)
+    what = "transformer"
+    if not to_file and "vae" in parts:
+        what = "pipeline" if text_encoder else "pipeline without a text encoder"
+        result = ModalityForcingPipeline.from_published(
+            src, text_encoder=text_encoder or unused_text_encoder(), dtype=torch_dtype, local_files_only=offline
+        )
+        if text_encoder is None:
+            result.register_modules(text_encoder=None, tokenizer=None)
+    elif kind == "published layout":
+        result = ModalityForcingFlux2Transformer2DModel.from_published(src, dtype=torch_dtype)
+    else:
+        subfolder = "transformer" if kind == "diffusers pipeline" else None
+        result = ModalityForcingFlux2Transformer2DModel.from_pretrained(
+            src, subfolder=subfolder, dtype=torch_dtype, local_files_only=offline
+        )
+
+    if to_file:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        result.save_published(dst, prefix=prefix)
+    else:
+        with temporary_folder(dst.resolve().parent) as folder:
+            result.save_pretrained(folder)
+            place_folder(folder, dst.resolve())
+    size = sum(file.stat().st_size for file in ([dst] if to_file else dst.rglob("*")) if file.is_file())
+    parameters = sum(tensor.numel() for tensor in parts["transformer"].values())
+    typer.echo(f"{dst}: {what}, {parameters:,} parameters in the transformer, {decimal(size)} on disk")
+    typer.echo(LICENCE_NOTE)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Folder, .safetensors file or Hub id.")],
+    as_json: Annotated[bool, option("--json", help="For machines.")] = False,
+    offline: Offline = False,
+):
+    """Describe a checkpoint without loading its weights.
+
+    mf-diffusers info klein-depth/ --json
+    """
+    from mf_diffusers.modality_forcing.pipeline import TEXT_ENCODERS
+
+    kind, config, parts, facts = read_checkpoint(model, offline)
+    parameters = {part: sum(tensor.numel() for tensor in tensors.values()) for part, tensors in parts.items()}
+    named = {test: [t for name, t in parts["transformer"].items() if test in name] for test in ("depth", "depth_head.")}
+    added, head = (sum(tensor.numel() for tensor in tensors) for tensors in named.values())
+    report = {
+        "model": model,
+        "kind": kind,
+        "transformer": {name: value for name, value in config.items() if not name.startswith("_")},
+        "width": config["num_attention_heads"] * config["attention_head_dim"],
+        "parameters": parameters,
+        "parameters_added_by_depth": added,
+        "dtypes": {part: sorted({str(t.dtype)[6:] for t in tensors.values()}) for part, tensors in parts.items()},
+        "fitting_text_encoder": TEXT_ENCODERS.get(config["joint_attention_dim"]),
+        **facts,
+        "bytes_of_bfloat16_weights": 2 * (sum(parameters.values()) + head),  # the depth head stays float32
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for name, value in report.items():
+        for label, entry in value.items() if isinstance(value, dict) else [("", value)]:
+            if name.startswith("bytes"):
+                entry = decimal(entry)
+            elif type(entry) in (int, float):
+                entry = f"{entry:,.10g}"
+            typer.echo(f"{f'{name} {label}'.replace('_', ' '):44}{entry}")
+    without = "" if "text_encoder" in parts else " nor the text encoder"
+    typer.echo(f"Inference takes more memory than these weights: no activations are counted{without}.")
+
+
+def run(command, settings, sources, given):
+    """Load the model, make the result of every source and write it; what failed is reported when all are through.
+
+    Args:
+        settings: the options of the command by name, as metadata.json repeats them.
+        sources: prompts, or paths of input files.
+        given: makes the pipeline's arguments of a source.
+    """
+    import hashlib
+
+    import diffusers
+    import torch
+    import transformers
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    import mf_diffusers
+    from mf_diffusers.results import place_result, temporary_folder, write_result
+
+    output, quiet = settings["output"], settings["quiet"]
+    with temporary_folder(output):  # what cannot be written is found out before the model is loaded
+        pass
+    files = [source for source in sources if isinstance(source, Path)]
+    if files and not any(file.is_file() for file in files):
+        raise FileNotFoundError(f"{', '.join(map(str, files))}: no such file")
+    device, dtype = device_and_dtype(settings["device"], settings["dtype"], settings["offload"])
+    if quiet:
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+    pipe = load_pipeline(settings, device, dtype)
+    pipe.set_progress_bar_config(disable=True)  # its steps are the second line of the display below
+    if Path(settings["model"]).exists():
+        settings["model"] = Path(settings["model"]).resolve()
+
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # into a file or pipe, the paths go there
+        transient=True,
+        speed_estimate_period=600,
+    )
+    all_results = progress.add_task(command, total=len(sources), visible=len(sources) > 1)
+    this_result = progress.add_task("", total=None)
+
+    def after_step(pipe, step, timestep, tensors):
+        progress.update(this_result, total=pipe.num_timesteps, advance=1)
+        progress.advance(all_results, 1 / pipe.num_timesteps)
+        return {}
+
+    failures, written = [], []
+    with progress, warnings.catch_warnings():
+        warnings.showwarning = lambda message, category, *_: (
+            None if quiet or category is not UserWarning else print(f"warning: {message}", file=sys.stderr)
+        )
+        for number, source in enumerate(sources):
+            name = source.stem if isinstance(source, Path) else slug(source)
+            progress.reset(this_result, total=None, description=name)
+            started = time.perf_counter()
+            seed = settings["seed"] + number
+            try:
+                inputs = given(source)
+                made = pipe(
+                    **inputs,
+                    height=settings["height"],
+                    width=settings["width"],
+                    num_inference_steps=settings["steps"],
+                    guidance_scale=settings["guidance_scale"],
+                    generator=torch.Generator().manual_seed(seed),
+                    callback_on_step_end=after_step,
+                    callback_on_step_end_tensor_inputs=[],
+                )
+                picture = inputs["image"] if made.images is None else made.images[0]
+                depth_map = inputs["depth"] if made.depth is None else made.depth[0]
+                metadata = {
+                    "command": command,
+                    "prompt": inputs["prompt"],
+                    "seed": seed,
+                    "options": settings | {"seed": seed, "guidance_scale": pipe.guidance_scale},
+                    "transformer": type(pipe.transformer).__name__,
+                    "size": {"width": picture.width, "height": picture.height},
+                    "device": device,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "versions": {
+                        "python": platform.python_version(),
+                        "mf_diffusers": mf_diffusers.__version__,
+                        "torch": torch.__version__,
+                        "diffusers": diffusers.__version__,
+                        "transformers": transformers.__version__,
+                    },
+                    "seconds": round(time.perf_counter() - started, 3),
+                }
+                if isinstance(source, Path):
+                    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+                    metadata["input"] = {"path": source.resolve(), "sha256": digest}
+                with temporary_folder(output) as folder:
+                    write_result(
+                        folder,
+                        picture,
+                        depth_map,
+                        metadata,
+                        mask=None if made.depth_mask is None else made.depth_mask[0],
+                        uncertainty=None if made.depth_uncertainty is None else made.depth_uncertainty[0],
+                        fov_degrees=settings["fov"],
+                        exr=settings["exr"],
+                    )
+                    written.append(place_result(folder, output, name, settings["overwrite"], written))
+                if not quiet:
+                    print(written[-1], flush=True)  # not typer.echo, which would write past the live display
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                if os.environ.get("MF_DIFFUSERS_DEBUG"):
+                    raise
+                failures.append(reason(error, source))
+            progress.update(all_results, completed=number + 1)
+
+    for failure in failures:
+        typer.echo(f"error: {failure}", err=True)
+    if failures and len(sources) > 1:
+        typer.echo(f"{len(failures)} of {len(sources)} failed, {len(written)} are written.", err=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def load_pipeline(settings, device, dtype):
+    """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run."""
+    import torch
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    from mf_diffusers import ModalityForcingPipeline
+    from mf_diffusers.modality_forcing.pipeline import TEXT_ENCODERS
+
+    model, text_encoder = settings["model"], settings["text_encoder"]
+    hub = {"local_files_only": settings["offline"]}
+    index = Path(model, "model_index.json")
+    if not Path(model).is_dir():
+        if Path(model).exists():
+            raise ValueError(f"--model {model} is a file: give the folder that holds it and the autoencoder.")
+        try:
+            index = Path(hf_hub_download(model, "model_index.json", **hub))
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"--model {model}: no such folder, nor a repository on the Hub ({error})"
+            ) from error
+        except EntryNotFoundError:
+            pass  # a repository in the published layout, or one that cannot be reached
+    elif not index.is_file() and not Path(model, "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"--model {model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
+            "layout)."
+        )
+
+    if not index.is_file():
+        pipe = ModalityForcingPipeline.from_published(model, text_encoder=text_encoder, dtype=dtype, **hub)
+    else:
+        name = json.loads(index.read_text())["_class_name"]
+        if name != ModalityForcingPipeline.__name__:
+            raise ValueError(f"--model {model} is a {name}; a {ModalityForcingPipeline.__name__} is needed.")
+        absent = {"text_encoder": None, "tokenizer": None} if text_encoder else {}
+        pipe = ModalityForcingPipeline.from_pretrained(model, dtype=dtype, **absent, **hub)
+        if pipe.text_encoder is None:
+            text_encoder = text_encoder or TEXT_ENCODERS.get(pipe.transformer.config.joint_attention_dim)
+            if text_encoder is None:
+                raise ValueError(f"--model {model} has no text encoder, and none is known to fit: give --text-encoder.")
+            pipe.register_modules(
+                text_encoder=Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub),
+                tokenizer=AutoTokenizer.from_pretrained(text_encoder, **hub),
+            )
+    if settings["lora"]:
+        pipe.load_lora_weights(settings["lora"], **hub)
+    if settings["offload"] == "none":
+        return pipe.to(device)
+    if settings["offload"] == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=device.startswith("cuda"))
+    return pipe
+
+
+def read_checkpoint(model, offline):
+    """What a checkpoint is, from its configs and the headers of its safetensors files, here or on the Hub.
+
+    Returns its kind; the transformer's config; the weights of each part as tensors without memory, the transformer's
+    under diffusers' names; and facts beyond.
+    """
+    import torch
+    from fsspec.implementations.local import LocalFileSystem
+    from huggingface_hub import HfFileSystem, constants, snapshot_download
+
+    from mf_diffusers.modality_forcing.conversion import convert_published_transformer
+    from mf_diffusers.modality_forcing.pipeline import PUBLISHED_SHIFT_MU
+
+    root, system = model, LocalFileSystem()
+    if not Path(root).exists():
+        if offline or constants.HF_HUB_OFFLINE:
+            root = snapshot_download(root, local_files_only=True)
+        else:
+            system = HfFileSystem()
+    root = system._strip_protocol(root)
+    found = system.find(root, maxdepth=2, detail=True)
+    files = {path[len(root) + 1 :] or "model.safetensors": (path, entry["size"]) for path, entry in found.items()}
+
+    def config_of(name):
+        return json.loads(system.cat_file(files[name][0]))
+
+    def weights_of(start):
+        tensors = {}
+        for path, size in [files[name] for name in files if name.startswith(start) and name.endswith(".safetensors")]:
+            with system.open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= size - 8:
+                    raise ValueError(f"{path} is not a complete safetensors file: download it again.")
+                header = json.loads(file.read(length))
+            for key in header.keys() - {"__metadata__"}:
+                dtype = getattr(torch, SAFETENSORS_DTYPES.get(header[key]["dtype"], "uint8"))
+                tensors[key] = torch.empty(header[key]["shape"], dtype=dtype, device="meta")
+        return tensors
+
+    facts = {"bytes_on_disk": sum(size for _, size in files.values())}
+    if "model_index.json" in files:
+        kind, config = "diffusers pipeline", config_of("transformer/config.json")
+        parts = {part: weights_of(f"{part}/") for part in ("transformer", "vae", "text_encoder")}
+        facts["text_encoder"] = config_of("model_index.json")["text_encoder"][1]
+        for name in ("scheduler", "depth_scheduler"):
+            facts[f"{name}_shift"] = config_of(f"{name}/scheduler_config.json")["shift"]
+    elif "model.safetensors" in files:
+        kind = "published layout"
+        config, transformer = convert_published_transformer(weights_of("model."))
+        parts = {"transformer": transformer, "vae": weights_of("ae_")}
+        facts["scheduler_shift"] = facts["depth_scheduler_shift"] = math.exp(PUBLISHED_SHIFT_MU)
+    elif "config.json" in files:
+        kind, config, parts = "diffusers transformer", config_of("config.json"), {"transformer": weights_of("")}
+    else:
+        raise FileNotFoundError(f"{model}: no model_index.json, config.json or model.safetensors is there.")
+    return kind, config, {part: tensors for part, tensors in parts.items() if tensors}, facts
+
+
+def unused_text_encoder():
+    """A stand-in without memory: `from_published` would fetch a text encoder of gigabytes that is not wanted."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=1))
+
+
+def device_and_dtype(device, dtype, offload):
+    """The torch device and dtype of an answer that may be "auto"."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [name for name in there if there[name]]
+    if device == "auto":
+        device = usable[0]
+    elif device.split(":")[0] not in usable:
+        raise ValueError(f"--device {device}: torch sees {', '.join(usable)} on this machine; choose among these.")
+    if device == "cpu" and offload != "none":
+        raise ValueError(f"--offload {offload} needs a GPU, but the device is the CPU: leave it out.")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, getattr(torch, dtype)
+
+
+def files_among(paths, suffixes):
+    """The files among `paths` and, of the folders among them, the files that end in one of `suffixes`, sorted."""
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        if not found:
+            raise FileNotFoundError(f"{path}: no file in this folder ends in {', '.join(suffixes)}")
+        files += found
+    return files
+
+
+def slug(text):
+    return re.sub(r"[\W_]+", "-", text.lower())[:48].strip("-") or "untitled"
+
+
+def reason(error, source=None):
+    """The message of an error in one line, which names the source."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif type(error).__name__ == "OutOfMemoryError":
+        text = f"out of GPU memory: try --offload model, or a smaller --height and --width ({text})"
+    return text if source is None or text.startswith(str(source)) else f"{source}: {text}"

@@ -1,0 +1,483 @@
+"""The command line, from options to the files of a result, with a tiny random model."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_pipeline, make_tokenizer
+from diffusers import AutoencoderKLFlux2
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from mf_diffusers import cli
+from mf_diffusers.depth_io import read_depth
+from mf_diffusers.geometry import FOV_DEGREES
+from mf_diffusers.modality_forcing.conversion import AUTOENCODER_KEYS, export_published_transformer
+from mf_diffusers.modality_forcing.transformer_flux2 import ModalityForcingFlux2Transformer2DModel
+
+
+ALWAYS = {"image.png", "depth.npy", "depth.png", "depth_colored.png", "metadata.json"}
+# Random weights: pixels may be invalid, and all of them may be edges.
+PERHAPS = {"mask.png", "points.ply", "points.glb"}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A diffusers folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def autoencoder():
+    """Wider than the tiny pipeline's: the published layout stands for groups of 32 channels."""
+    torch.manual_seed(0)
+    return AutoencoderKLFlux2(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def published(autoencoder, tmp_path_factory):
+    """The transformer of `model` and an autoencoder in the published layout."""
+    folder = tmp_path_factory.mktemp("published")
+    save_file(export_published_transformer(make_pipeline().transformer.state_dict()), folder / "model.safetensors")
+    for half in ("encoder", "decoder"):
+        save_file(published_autoencoder(autoencoder.state_dict(), half), folder / f"ae_{half}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory):
+    """A text encoder with as many layers as the published model reads, and features of the tiny model's width."""
+    folder = tmp_path_factory.mktemp("text_encoder")
+    config = make_pipeline().text_encoder.config.to_dict()
+    config = transformers.Qwen3Config(**config | {"num_hidden_layers": 27, "layer_types": None})
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MF_DIFFUSERS_MODEL", raising=False)
+    monkeypatch.delenv("MF_DIFFUSERS_DEBUG", raising=False)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "in" / "photo.png"
+    path.parent.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def ramp(tmp_path):
+    """A smooth depth map with a hole, float32 (24, 40)."""
+    path = tmp_path / "ramp.npy"
+    depth = np.linspace(1, 2, 40, dtype=np.float32)[None].repeat(24, 0)
+    depth[4:6, 4:6] = 0
+    np.save(path, depth)
+    return path
+
+
+def call(*arguments, **settings):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], **settings)
+
+
+def run(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refuse(*arguments, code=1):
+    """The message of a call that must fail without a traceback."""
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    if code == 1:
+        assert result.stderr.splitlines()[0].startswith("error: ")
+    return re.sub(r"[\s│]+", " ", result.stderr)
+
+
+def names(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def metadata(folder):
+    return json.loads(Path(folder, "metadata.json").read_text())
+
+
+def published_autoencoder(state_dict, half, depth=2):
+    """The inverse of `convert_published_autoencoder`, for one half."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        if key.startswith(f"{half}."):
+            key = key.removeprefix(f"{half}.").replace("conv_shortcut", "nin_shortcut")
+            for old, new in AUTOENCODER_KEYS.items():
+                pattern = re.escape(new).replace("N", r"(?P<N>\d+)").replace("M", r"(?P<M>\d+)")
+                found = re.match(pattern, key)
+                if found:
+                    numbers = {name: int(number) for name, number in found.groupdict().items()}
+                    if old.startswith("up."):
+                        numbers["N"] = depth - 1 - numbers["N"]
+                    for name, number in numbers.items():
+                        old = old.replace(f".{name}.", f".{number}.")
+                    key = old + key[found.end() :]
+                    break
+            if re.match(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", key):
+                tensor = tensor[:, :, None, None]
+        elif not key.startswith(("bn.", {"encoder": "quant_conv.", "decoder": "post_quant_conv."}[half])):
+            continue
+        renamed[key] = tensor.contiguous()
+    return renamed
+
+
+def weights(folder):
+    return {k: v for path in sorted(Path(folder).rglob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def assert_equal_weights(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype, key
+        assert torch.equal(actual[key], tensor), key
+
+
+# Results
+
+
+def test_generate_writes_a_folder_for_each_result_and_each_can_be_repeated_alone(model):
+    result = run("generate", "A cat, at Dawn!", "犬", "-m", model, "--num", 2, "--steps", 2, "--seed", 5, "--exr")
+    folders = ["a-cat-at-dawn", "a-cat-at-dawn-002", "犬", "犬-002"]
+    assert result.stdout.split() == [f"outputs/{name}" for name in folders]
+    assert names("outputs") == set(folders)
+    for number, name in enumerate(folders):
+        written = names(f"outputs/{name}")
+        assert ALWAYS | {"depth.exr"} <= written <= ALWAYS | PERHAPS | {"depth.exr"}
+        assert metadata(f"outputs/{name}")["seed"] == 5 + number
+    image, depth = Image.open("outputs/犬/image.png"), np.load("outputs/犬/depth.npy")
+    assert (image.size, image.mode, depth.shape, depth.dtype) == ((32, 32), "RGB", (32, 32), np.float32)
+    assert not np.array_equal(depth, np.load("outputs/犬-002/depth.npy"))
+
+    again = metadata("outputs/犬-002")
+    options = again["options"]
+    run(
+        *(again["command"], again["prompt"], "--model", options["model"], "--seed", again["seed"], "-o", "again"),
+        *("--steps", options["steps"], "--guidance-scale", options["guidance_scale"]),
+    )
+    for name in ("depth.npy", "image.png", "depth.png"):
+        assert Path("again/犬", name).read_bytes() == Path("outputs/犬-002", name).read_bytes()
+
+
+def test_depth_keeps_the_size_of_the_photo_and_notes_all_that_made_it(model, photo):
+    options = ["--ensemble", 3, "--steps", 2, "--prompt", "noise", "--dtype", "float32", "--device", "cpu"]
+    run("depth", photo, "-m", model, *options)
+    folder = Path("outputs/photo")
+    assert ALWAYS | {"uncertainty.npy", "uncertainty.png"} <= names(folder)
+    assert np.array_equal(Image.open(folder / "image.png"), Image.open(photo))
+    depth, uncertainty = np.load(folder / "depth.npy"), np.load(folder / "uncertainty.npy")
+    assert depth.shape == uncertainty.shape == (24, 50)
+    assert (depth > 0).all()
+    valid = np.ones_like(depth, dtype=bool)
+    if (folder / "mask.png").is_file():
+        valid = np.asarray(Image.open(folder / "mask.png")) > 0
+    assert np.array_equal(read_depth(folder / "depth.png") > 0, valid)
+
+    noted = metadata(folder)
+    assert noted["input"]["path"] == str(photo.resolve())
+    assert re.fullmatch("[0-9a-f]{64}", noted["input"]["sha256"])
+    assert noted["versions"].keys() == {"python", "mf_diffusers", "torch", "diffusers", "transformers"}
+    assert noted["size"] == {"width": 50, "height": 24}
+    expected = {"command": "depth", "prompt": "noise", "seed": 0, "device": "cpu", "dtype": "float32"}
+    assert noted | expected == noted
+    expected = {"model": str(model), "steps": 2, "ensemble": 3, "guidance_scale": 1.0, "fov": FOV_DEGREES}
+    assert noted["options"] | expected == noted["options"]
+    assert noted["transformer"] == "ModalityForcingFlux2Transformer2DModel"
+    assert noted["seconds"] > 0
+
+    run("depth", photo, "-m", model, *options, "-o", "again")
+    assert Path("again/photo/depth.npy").read_bytes() == (folder / "depth.npy").read_bytes()
+
+
+def test_an_upright_photo_is_written_and_its_depth_fits_it(model, photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.open(photo).save(photo.with_suffix(".jpg"), exif=exif)
+    run("depth", photo.with_suffix(".jpg"), "-m", model, "--steps", 1)
+    assert Image.open("outputs/photo/image.png").size == (24, 50)
+    assert np.load("outputs/photo/depth.npy").shape == (50, 24)
+
+
+def test_image_writes_the_given_depth_with_its_geometry(model, ramp):
+    run("image", ramp, "-p", "a wall", "-m", model, "--steps", 2, "--log2-alpha", -8, "--fov", 70, "--depth-scale", 2)
+    folder = Path("outputs/ramp")
+    assert names(folder) == ALWAYS | PERHAPS
+    assert np.array_equal(np.load(folder / "depth.npy"), 2 * np.load(ramp))
+    assert np.array_equal(np.asarray(Image.open(folder / "mask.png")) > 0, np.load(ramp) > 0)
+    assert Image.open(folder / "image.png").size == (40, 24)
+    assert metadata(folder)["options"]["log2_alpha"] == -8
+
+
+def test_inverse_depth_is_turned_and_its_zeros_stay_missing(model, ramp):
+    run("image", ramp, "-p", "a wall", "-m", model, "--steps", 1, "--inverse")
+    expected = np.load(ramp)
+    expected[expected > 0] = 1 / expected[expected > 0]
+    assert np.array_equal(np.load("outputs/ramp/depth.npy"), expected)
+
+
+def test_the_key_picks_an_array(model, ramp):
+    np.savez("two.npz", first=np.load(ramp), second=3 * np.load(ramp))
+    run("image", "two.npz", "-p", "a wall", "-m", model, "--steps", 1, "--depth-key", "second")
+    assert np.array_equal(np.load("outputs/two/depth.npy"), 3 * np.load(ramp))
+
+
+def test_results_are_not_overwritten_unless_asked(model, photo):
+    for _ in range(3):
+        run("depth", photo, "-m", model, "--steps", 1)
+    assert names("outputs") == {"photo", "photo-002", "photo-003"}
+    before = Path("outputs/photo-002/metadata.json").read_bytes()
+    Path("outputs/photo/extra.txt").touch()
+    run("depth", photo, "-m", model, "--steps", 1, "--seed", 9, "--overwrite")
+    assert names("outputs") == {"photo", "photo-002", "photo-003"}
+    assert metadata("outputs/photo")["seed"] == 9
+    assert not Path("outputs/photo/extra.txt").exists()
+    assert Path("outputs/photo-002/metadata.json").read_bytes() == before
+
+
+def test_overwrite_spares_what_is_no_result_and_the_results_of_the_same_call(model, photo):
+    Path("outputs/photo").mkdir(parents=True)
+    Path("outputs/photo/diary.txt").write_text("dear")
+    shutil.copy(photo, "photo.webp")
+    run("depth", photo, "photo.webp", "-m", model, "--steps", 1, "--overwrite")
+    assert names("outputs") == {"photo", "photo-002", "photo-003"}
+    assert names("outputs/photo") == {"diary.txt"}
+
+
+def test_a_folder_of_files_and_a_broken_one_among_them(model, photo):
+    Path("in/a_broken.jpg").write_bytes(b"\xff\xd8 not a jpeg")
+    Path("in/.hidden.png").write_bytes(b"")
+    Path("in/notes.txt").write_text("no picture")
+    result = call("depth", "in", "gone.png", "-m", model, "--steps", 1, "--seed", 3)
+    assert result.exit_code == 1
+    assert result.stdout.split() == ["outputs/photo"]
+    assert "error: in/a_broken.jpg: cannot be read as a picture" in result.stderr
+    assert "error: gone.png: no such file" in result.stderr
+    assert "2 of 3 failed, 1 are written." in result.stderr
+    assert "Traceback" not in result.output
+    assert names("outputs") == {"photo"}
+    assert metadata("outputs/photo")["seed"] == 4  # its place in the call, whatever became of the others
+
+
+def test_an_interrupted_run_leaves_nothing(model, photo, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mf_diffusers.results.colorize_depth", interrupt)
+    result = call("depth", photo, "-m", model, "--steps", 1)
+    assert result.exit_code != 0
+    assert names("outputs") == set()
+
+
+def test_lora_and_model_from_the_environment(model, photo, monkeypatch):
+    monkeypatch.setenv("MF_DIFFUSERS_MODEL", str(model))
+    transformer = make_pipeline().transformer
+    key = "transformer.single_transformer_blocks.0.attn.to_out"
+    rows, columns = transformer.single_transformer_blocks[0].attn.to_out.weight.shape
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        f"{key}.lora_A.weight": torch.randn(2, columns, generator=generator),
+        f"{key}.lora_B.weight": torch.randn(rows, 2, generator=generator),
+    }
+    save_file(lora, "lora.safetensors")
+    run("depth", photo, "--steps", 1, "--quiet")
+    assert run("depth", photo, "--steps", 1, "--lora", "lora.safetensors", "--quiet").stdout == ""
+    assert metadata("outputs/photo-002")["options"]["lora"] == "lora.safetensors"
+    assert not np.array_equal(np.load("outputs/photo/depth.npy"), np.load("outputs/photo-002/depth.npy"))
+
+
+# Errors
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_out_before_the_model_is_loaded(photo):
+    Path("file").touch()
+    message = refuse("depth", photo, "-m", "no/such/model", "-o", "file/outputs")
+    assert "file/outputs" in message
+    assert "model" not in message
+
+
+def test_inputs_that_are_missing_are_found_out_before_the_model_is_loaded(tmp_path):
+    assert "gone.png: no such file" in refuse("depth", "gone.png", "-m", "no/such/model")
+    assert "no file in this folder ends in .png" in refuse("depth", tmp_path, "-m", "no/such/model")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dtype", "fp16"], "overflows in float16"),
+        (["--dtype", "int8"], "'int8' is none of auto, bfloat16, float32"),
+        (["--offload", "disk"], "'disk' is none of none, model, group"),
+        (["--steps", "0"], "--steps"),
+        (["--fov", "180"], "--fov"),
+        (["--ensemble", "x"], "--ensemble"),
+        (["--negative", "x"], "No such option"),
+        (["--log2-alpha", "2"], "No such option"),
+    ],
+)
+def test_bad_options(arguments, message, photo):
+    assert message in refuse("depth", photo, "-m", "model", *arguments, code=2)
+
+
+def test_a_model_is_needed(photo):
+    assert "--model" in refuse("depth", photo, code=2)
+    assert "--prompt" in refuse("image", photo, "-m", "model", code=2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "xpu"], "--device xpu: torch sees"),
+        (["--device", "cpu", "--offload", "model"], "--offload model needs a GPU"),
+        (["--model", "in"], "has neither model_index.json"),
+        (["--model", "in/photo.png"], "is a file"),
+        (["--model", "a/b/c"], "no such folder, nor a repository on the Hub"),
+        (["--model", "other"], "--model other is a Flux2KleinPipeline; a ModalityForcingPipeline is needed"),
+    ],
+)
+def test_devices_and_models_that_are_not_there(arguments, message, photo):
+    Path("other").mkdir()
+    Path("other/model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    assert message in refuse("depth", photo, "-m", "in", *arguments)
+
+
+def test_debug_shows_where_an_error_comes_from(photo, monkeypatch):
+    monkeypatch.setenv("MF_DIFFUSERS_DEBUG", "1")
+    assert isinstance(call("depth", photo, "-m", "in").exception, FileNotFoundError)
+
+
+# Checkpoints
+
+
+def test_convert_round_trip_from_published(published, autoencoder, text_encoder, photo):
+    result = run("convert", published, "new/pipeline")
+    assert "pipeline without a text encoder" in result.stdout
+    assert "CC BY-NC 4.0" in result.stdout
+    assert_equal_weights(weights("new/pipeline/vae"), autoencoder.state_dict())
+    run("convert", "new/pipeline", "back.safetensors", "--prefix", "dit.")
+    assert_equal_weights(load_file("back.safetensors"), load_file(published / "model.safetensors"))
+
+    run("convert", published / "model.safetensors", "transformer")
+    assert names("transformer") == {"config.json", "diffusion_pytorch_model.safetensors"}
+    run("convert", "transformer", "bare.safetensors")
+    bare = {f"dit.{key}": tensor for key, tensor in load_file("bare.safetensors").items()}
+    assert_equal_weights(bare, load_file(published / "model.safetensors"))
+
+    options = ["--text-encoder", text_encoder, "--steps", 1, "--height", 8, "--width", 16]
+    run("depth", photo, "-m", published, *options)
+    run("depth", photo, "-m", "new/pipeline", *options)
+    assert Path("outputs/photo/depth.npy").read_bytes() == Path("outputs/photo-002/depth.npy").read_bytes()
+    run("convert", published, "whole", "--text-encoder", text_encoder)
+    run("depth", photo, "-m", "whole", *options[2:])
+    assert Path("outputs/photo/depth.npy").read_bytes() == Path("outputs/photo-003/depth.npy").read_bytes()
+    assert "give --text-encoder" in refuse("depth", photo, "-m", "new/pipeline")
+
+
+def test_convert_round_trip_from_diffusers(model):
+    run("convert", model, "single.safetensors")
+    assert not any(key.startswith("dit.") for key in load_file("single.safetensors"))
+    run("convert", "single.safetensors", "folder")
+    assert_equal_weights(weights("folder"), weights(model / "transformer"))
+
+
+def test_convert_keeps_the_dtype_but_for_the_depth_head(model):
+    run("convert", model, "half.safetensors", "--dtype", "bfloat16")
+    half = load_file("half.safetensors")
+    assert half["img_in.weight"].dtype == torch.bfloat16
+    assert half["depth_final_layer.linear.weight"].dtype == torch.float32
+    run("convert", "half.safetensors", "half")
+    run("convert", "half", "again.safetensors")
+    assert_equal_weights(load_file("again.safetensors"), half)
+
+
+def test_convert_replaces_only_when_asked_and_only_its_own(model, published):
+    run("convert", model, "single.safetensors")
+    assert "single.safetensors exists" in refuse("convert", model, "single.safetensors")
+    run("convert", model, "single.safetensors", "--overwrite")
+    Path("mine").mkdir()
+    Path("mine/diary.txt").touch()
+    assert "mine exists" in refuse("convert", published, "mine", "--overwrite")
+    run("convert", published, "new")
+    Path("new/extra.txt").touch()
+    assert "new exists" in refuse("convert", published, "new")
+    run("convert", published / "model.safetensors", "new", "--overwrite")
+    assert names("new") == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert "DST that ends in .safetensors" in refuse("convert", model, "elsewhere")
+    assert names(".") == {"single.safetensors", "mine", "new"}
+
+
+def test_info_of_every_kind(model, published, tmp_path):
+    reports = {
+        kind: json.loads(run("info", path, "--json").stdout)
+        for kind, path in {
+            "pipeline": model,
+            "transformer": model / "transformer",
+            "published": published,
+            "file": published / "model.safetensors",
+        }.items()
+    }
+    transformer = ModalityForcingFlux2Transformer2DModel.from_pretrained(model / "transformer")
+    for report in reports.values():
+        assert report["parameters"]["transformer"] == transformer.num_parameters()
+        added = sum(p.numel() for name, p in transformer.named_parameters() if "depth" in name)
+        assert report["parameters_added_by_depth"] == added
+        assert report["transformer"]["num_layers"] == transformer.config.num_layers
+        assert report["width"] == 32
+        assert report["dtypes"]["transformer"] == ["float32"]
+    assert [report["kind"] for report in reports.values()] == [
+        *("diffusers pipeline", "diffusers transformer", "published layout", "published layout")
+    ]
+    pipeline, alone = reports["pipeline"], reports["file"]
+    assert pipeline["scheduler_shift"] == pytest.approx(reports["published"]["depth_scheduler_shift"])
+    assert pipeline["text_encoder"] == "Qwen3ForCausalLM"
+    assert pipeline["bytes_on_disk"] == sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+    head = sum(p.numel() for p in transformer.depth_head.parameters())
+    assert alone["bytes_of_bfloat16_weights"] == 2 * transformer.num_parameters() + 2 * head
+    assert "parameters added by depth" in run("info", model).stdout
+
+
+def test_info_of_what_is_no_model(published):
+    Path("empty").mkdir()
+    assert "empty: no model_index.json" in refuse("info", "empty")
+    Path("cut.safetensors").write_bytes((published / "model.safetensors").read_bytes()[:100])
+    assert "not a complete safetensors file" in refuse("info", "cut.safetensors")
+    assert refuse("info", "no/such/model", "--offline")
+
+
+def test_the_installed_command(model, photo):
+    command = Path(sys.executable).with_name("mf-diffusers")
+    environment = os.environ | {"MF_DIFFUSERS_MODEL": str(model), "PYTHONWARNINGS": "error::UserWarning"}
+    done = subprocess.run(
+        [command, "depth", photo, "gone.png", "--steps", "1"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1
+    assert done.stdout == "outputs/photo\n"
+    assert "error: gone.png: no such file" in done.stderr
+    assert "Traceback" not in done.stderr
