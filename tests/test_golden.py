@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.conversion import convert_published_autoencoder
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids, tokens_to_latents
+from mf_diffusers.modality_forcing.noise import shift_timestep
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +116,14 @@ def test_rollout(golden_a, pipe, case):
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
 def test_schedules(golden_a, pipe, steps):
-    """The two stock schedulers walk the published time grids."""
+    """The two schedules and the trajectory are the published time grids."""
     golden = load_file(golden_a / "schedule.safetensors")
     even = torch.linspace(1, 1 / steps, steps)
     rgb = pipe.prepare_scheduler(pipe.scheduler, even, "cpu")
     for log2_alpha, name in ((-5, "m5"), (0, "0"), (5, "p5")):
-        warped = FlowMatchEulerDiscreteScheduler(shift=2.0**log2_alpha)
-        pipe.prepare_scheduler(warped, rgb.sigmas[:-1], "cpu")
         assert max_error(rgb.sigmas, golden[f"joint.n{steps}.alpha_{name}.t_rgb"]) <= 2e-6
-        assert max_error(warped.sigmas, golden[f"joint.n{steps}.alpha_{name}.t_depth"]) <= 2e-6
+        warped = shift_timestep(rgb.sigmas.double(), 2.0**log2_alpha)
+        assert max_error(warped, golden[f"joint.n{steps}.alpha_{name}.t_depth"]) <= 2e-6
     depth = pipe.prepare_scheduler(pipe.depth_scheduler, even, "cpu")
     assert max_error(depth.sigmas, golden[f"i2d.n{steps}.alpha_none.t_depth"]) <= 2e-6
 
@@ -168,3 +170,29 @@ def test_export_round_trip(golden_a, transformer, tmp_path, prefix):
     assert all(torch.equal(exported[prefix + key.removeprefix("dit.")], tensor) for key, tensor in published.items())
     again = ModalityForcingFlux2Transformer2DModel.from_published(tmp_path / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), transformer.state_dict().values()))
+
+
+def test_published_pipeline(golden_a, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tokenizer = make_tokenizer()
+    text_encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    given = ModalityForcingPipeline.from_published(golden_a, text_encoder, tokenizer, dtype=torch.float32)
+    assert given.scheduler.config.shift == given.depth_scheduler.config.shift == math.exp(1.1)
+    assert given.encode_prompt("a cat")[0].shape == (1, 512, 96)
+    text_encoder.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    from_folder = ModalityForcingPipeline.from_published(golden_a, tmp_path)
+    assert from_folder.transformer.dtype == from_folder.vae.dtype == from_folder.text_encoder.dtype == torch.bfloat16
+    assert from_folder.transformer.depth_head.proj_out.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="No known text encoder makes features of width 96"):
+        ModalityForcingPipeline.from_published(golden_a)

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import make_pipeline
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -396,7 +396,7 @@ def test_the_pipeline_does_not_change_its_components(pipe):
 
 def test_half_precision_body(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    half = ModalityForcingPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = ModalityForcingPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
     assert half.transformer.depth_head.proj_out.weight.dtype == torch.float32

@@ -148,7 +148,7 @@ def test_save_and_load(model, tmp_path):
 
 def test_bfloat16_body_with_float32_head(model, tmp_path):
     model.save_pretrained(tmp_path)
-    half = ModalityForcingFlux2Transformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = ModalityForcingFlux2Transformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in half.depth_head.parameters()} == {torch.float32}
     inputs = make_inputs()

@@ -102,7 +102,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         pretrained_model_name_or_path: str | Path = "bartduis/modality_forcing",
         text_encoder: str | Path | Qwen3ForCausalLM | None = None,
         tokenizer: Qwen2TokenizerFast | None = None,
-        torch_dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16,
         **hub_kwargs,
     ) -> "ModalityForcingPipeline":
         r"""
@@ -115,7 +115,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
             text_encoder: Folder, Hub repository or instance of the Qwen3 model; default: the one that fits the width of
                 the transformer's text features.
             tokenizer: Default: the tokenizer that lies with the text encoder.
-            torch_dtype: dtype of all the weights but the depth head's, which stay float32.
+            dtype: dtype of all the weights but the depth head's, which stay float32.
             hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`.
 
         Raises:
@@ -125,7 +125,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "config.json"], **hub_kwargs))
-        transformer = ModalityForcingFlux2Transformer2DModel.from_published(folder, torch_dtype=torch_dtype)
+        transformer = ModalityForcingFlux2Transformer2DModel.from_published(folder, dtype=dtype)
         vae_config, vae_weights = convert_published_autoencoder(
             load_safetensors(folder / "ae_encoder.safetensors"), load_safetensors(folder / "ae_decoder.safetensors")
         )
@@ -141,12 +141,12 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
                 )
         if not isinstance(text_encoder, Qwen3ForCausalLM):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(text_encoder, **hub_kwargs)
-            text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=torch_dtype, **hub_kwargs)
+            text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub_kwargs)
         return cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
             depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
-            vae=vae.to(torch_dtype).eval(),
+            vae=vae.to(dtype).eval(),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),

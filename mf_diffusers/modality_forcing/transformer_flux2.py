@@ -512,7 +512,7 @@ class ModalityForcingFlux2Transformer2DModel(
 
     @classmethod
     def from_published(
-        cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | None = None
+        cls, pretrained_model_name_or_path: str | Path, dtype: torch.dtype | None = None
     ) -> "ModalityForcingFlux2Transformer2DModel":
         r"""
         Loads a transformer in the published layout; every dimension is read off the shapes. The published weights are
@@ -520,7 +520,7 @@ class ModalityForcingFlux2Transformer2DModel(
 
         Args:
             pretrained_model_name_or_path: The safetensors file, or a folder with `model.safetensors`.
-            torch_dtype: dtype of the weights, but for the depth head's, which stay float32. Default: as stored.
+            dtype: dtype of the weights, but for the depth head's, which stay float32. Default: as stored.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -534,7 +534,7 @@ class ModalityForcingFlux2Transformer2DModel(
             model = cls(**config)
         for name, tensor in state_dict.items():
             keeps_fp32 = name.split(".")[0] in cls._keep_in_fp32_modules
-            state_dict[name] = tensor.to(torch.float32 if keeps_fp32 else torch_dtype or tensor.dtype)
+            state_dict[name] = tensor.to(torch.float32 if keeps_fp32 else dtype or tensor.dtype)
         model.load_state_dict(state_dict, assign=True)
         return model.eval()
 

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+
+from mf_diffusers import DepthProcessor
+from mf_diffusers.modality_forcing.depth_processor import contract, uncontract
+
+
+@pytest.fixture
+def processor():
+    return DepthProcessor(patch_size=4)
+
+
+def random_depth(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 9 + 1
+
+
+def test_contraction():
+    depth = torch.tensor([0.0, 0.5, 1.0, 2.0, 100.0, float("inf")])
+    assert torch.allclose(contract(depth), torch.tensor([0.0, 0.5, 1.0, 1.5, 1.99, 2.0]))
+    assert torch.allclose(uncontract(contract(depth[:5])), depth[:5], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("largest", "tolerance"), [(30, 1e-5), (100, 1e-4)])
+def test_round_trip(processor, largest, tolerance):
+    # Most pixels near 1, a few as far as `largest` times the mean.
+    depth = torch.ones(2, 1, 400, 400)
+    depth[:, :, 0, :50] = torch.linspace(0.01, largest * 1.02, 50)
+    depth[1] *= 1234.5
+    tokens, valid, scale = processor.preprocess(depth)
+    assert tokens.shape == (2, 10000, 16) and valid.all()
+    assert (depth / scale.view(2, 1, 1, 1)).amax() >= largest
+    again, again_valid = processor.postprocess(tokens, 400, 400)
+    assert again_valid.all()
+    assert ((again * scale.view(2, 1, 1, 1) - depth) / depth).abs().max() <= tolerance
+
+
+def test_scale_is_the_mean_of_each_map_over_its_valid_pixels(processor):
+    depth = random_depth(2, 1, 8, 12)
+    depth[0, 0, :4] = 0
+    _, _, scale = processor.preprocess(depth)
+    assert torch.allclose(scale, torch.stack([depth[0, 0, 4:].mean(), depth[1].mean()]))
+    alone, _, _ = processor.preprocess(depth[1:])
+    assert torch.equal(processor.preprocess(depth)[0][1:], alone)
+
+
+@pytest.mark.parametrize("missing", [0.0, -3.0, float("nan"), float("inf"), float("-inf")])
+def test_missing_pixels_are_noise(processor, missing):
+    depth = random_depth(8, 12)
+    hole = torch.zeros(8, 12, dtype=torch.bool)
+    hole[2:6, 3:9] = True
+    tokens, valid, scale = processor.preprocess(torch.where(hole, missing, depth), generator=torch.manual_seed(0))
+    assert torch.equal(valid[0, 0], ~hole)
+    assert scale == pytest.approx(depth[~hole].mean().item())
+    noise = torch.randn(1, 1, 8, 12, generator=torch.manual_seed(0))
+    assert torch.equal(processor.unpatchify(tokens, 8, 12)[0, 0][hole], noise[0, 0][hole])
+    masked, _, _ = processor.preprocess(depth, mask=~hole, generator=torch.manual_seed(0))
+    assert torch.equal(masked, tokens)
+
+
+def test_a_map_without_depth_is_noise_alone(processor):
+    tokens, valid, scale = processor.preprocess(torch.zeros(8, 8), generator=torch.manual_seed(0))
+    assert not valid.any() and scale == 1
+    assert torch.equal(tokens, processor.patchify(torch.randn(1, 1, 8, 8, generator=torch.manual_seed(0))))
+
+
+def test_noise_comes_from_the_generator_of_each_map(processor):
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    tokens, _, _ = processor.preprocess(torch.zeros(2, 1, 8, 8), generator=generators)
+    alone, _, _ = processor.preprocess(torch.zeros(8, 8), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(tokens[1:], alone)
+
+
+def test_patches_are_row_major(processor):
+    ramp = torch.arange(8 * 12.0).view(1, 1, 8, 12)
+    tokens = processor.patchify(ramp)
+    assert torch.equal(tokens[0, 1].view(4, 4), ramp[0, 0, :4, 4:8])
+    assert torch.equal(tokens[0, 3].view(4, 4), ramp[0, 0, 4:, :4])
+    assert torch.equal(processor.unpatchify(tokens, 8, 12), ramp)
+
+
+def test_resampling_invents_no_depth(processor):
+    depth = torch.where(random_depth(37, 53) > 5, 10.0, 1.0)
+    tokens, _, scale = processor.preprocess(depth, height=24, width=32)
+    values = processor.postprocess(tokens, 24, 32)[0] * scale
+    assert torch.isclose(values, torch.tensor(10.0)).logical_or(torch.isclose(values, torch.tensor(1.0))).all()
+
+
+def test_any_tokens_give_finite_positive_depth(processor):
+    tokens = torch.tensor([-5.0, 0.0, 1e-4, 0.5, 1.0, 1.5, 1.9995, 2.0, 2.5, float("nan"), 1e30, 1.0, 1, 1, 1, 1])
+    depth, valid = processor.postprocess(tokens.view(1, 1, 16), 4, 4)
+    assert torch.isfinite(depth).all() and depth.min() >= 1e-3 and depth.max() <= 1000.5
+    assert valid.flatten()[:11].tolist() == [False, False, False, True, True, True, False, False, False, False, False]
+    resized, _ = processor.postprocess(torch.full((1, 1, 16), 2.0), 4, 4, output_size=(7, 9))
+    assert resized.shape == (1, 1, 7, 9) and torch.isfinite(resized).all()
+
+
+def test_save_and_load(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert DepthProcessor.from_pretrained(tmp_path).config.patch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        (torch.ones(3, 8, 8, 8), "must have shape"),
+        (torch.ones(1, 3, 8, 8), "must have shape"),
+        (np.ones((0, 8)), "a pixel"),
+        (np.ones(8), "must have shape"),
+        ("depth.png", "got <class 'str'>"),
+        ([torch.ones(8, 8), torch.ones(8, 12)], "share one size"),
+        (torch.ones(9, 8), "multiples of 4"),
+    ],
+)
+def test_bad_input(processor, depth, message):
+    with pytest.raises(ValueError, match=message):
+        processor.preprocess(depth)
+
+
+def test_tokens_that_do_not_fit(processor):
+    with pytest.raises(ValueError, match="do not make a depth map of 8x8"):
+        processor.postprocess(torch.ones(1, 3, 16), 8, 8)
