@@ -85,6 +85,9 @@ def test_missing_depth_is_the_mask(pipe):
     images.append(call(pipe, "a cat", depth=DEPTH, depth_mask=~holes).images)
     assert all(np.array_equal(images[0], image) for image in images[1:])
     assert not np.array_equal(images[0], call(pipe, "a cat", depth=DEPTH).images)
+    pairs = {"depth": np.stack([DEPTH, DEPTH]), "depth_mask": np.stack([~holes, ~holes[::-1]])}
+    both = call(pipe, "a cat", num_images_per_prompt=2, **pairs)
+    assert both.images.shape == (4, 40, 72, 3)
 
 
 # Options

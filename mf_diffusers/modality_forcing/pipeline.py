@@ -315,16 +315,20 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         scheduler.set_begin_index(0)
         return scheduler
 
-    def prepare_depth_condition(self, depth, depth_mask, height: int, width: int, device, generator) -> torch.Tensor:
-        """Given depth (B, 1, H, W) as clean tokens (B, N, p*p), missing pixels filled with noise."""
+    def prepare_depth_condition(
+        self, depth, depth_mask, batch_size: int, height: int, width: int, device, generator
+    ) -> torch.Tensor:
+        """Given depth (B, 1, H, W) as clean tokens (batch_size, N, p*p), missing pixels filled with noise."""
+        repeats = batch_size // len(depth)
         if depth_mask is not None:
-            depth_mask = self.depth_processor.mask_to_tensor(depth_mask).expand(len(depth), -1, -1, -1)
+            depth_mask = self.depth_processor.mask_to_tensor(depth_mask).repeat_interleave(repeats, dim=0)
+        depth = depth.repeat_interleave(repeats, dim=0)
         tokens, valid, _ = self.depth_processor.preprocess(depth, depth_mask, height, width, generator)
         empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. "
-                "Give a depth map with values, or leave `depth` out."
+                f"Depth map {empty[0] // repeats} of the batch has no valid pixel: depth must be positive and finite "
+                "somewhere. Give a depth map with values, or leave `depth` out."
             )
         return tokens.to(device)
 
@@ -603,8 +607,9 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
                 scheduler = self.prepare_scheduler(self.scheduler, sigmas, device)
                 depth_scheduler = depth_condition = None
                 if depth is not None:
-                    depth = depth.repeat_interleave(batch_size // num_given, dim=0)
-                    depth_condition = self.prepare_depth_condition(depth, depth_mask, height, width, device, generator)
+                    depth_condition = self.prepare_depth_condition(
+                        depth, depth_mask, batch_size, height, width, device, generator
+                    )
                 if depth is None and log2_alpha is None:
                     log2_alpha = self.config.default_log2_alpha
                 if log2_alpha is not None:
