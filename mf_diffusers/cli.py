@@ -34,8 +34,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
-            if os.environ.get("MF_DIFFUSERS_DEBUG"):
+        except Exception as error:
+            expected = isinstance(error, (ValueError, OSError)) or is_network_error(error)
+            if not expected or os.environ.get("MF_DIFFUSERS_DEBUG"):
                 raise
             typer.echo(f"error: {reason(error)}", err=True)
             raise typer.Exit(1) from error
@@ -330,8 +331,8 @@ def info(
             elif type(entry) in (int, float):
                 entry = f"{entry:,.10g}"
             typer.echo(f"{f'{name} {label}'.replace('_', ' '):44}{entry}")
-    without = "" if "text_encoder" in parts else " nor the text encoder"
-    typer.echo(f"Inference takes more memory than these weights: no activations are counted{without}.")
+    uncounted = "activations are" if "text_encoder" in parts else "activations and the text encoder are"
+    typer.echo(f"Inference takes more memory than these weights: {uncounted} not counted.")
 
 
 def run(command, settings, sources, given):
@@ -359,6 +360,9 @@ def run(command, settings, sources, given):
     files = [source for source in sources if isinstance(source, Path)]
     if files and not any(file.is_file() for file in files):
         raise FileNotFoundError(f"{', '.join(map(str, files))}: no such file")
+    lora = settings["lora"] or ""
+    if lora.endswith(".safetensors") and not Path(lora).is_file():
+        raise FileNotFoundError(f"--lora {lora}: no such file")
     device, dtype = device_and_dtype(settings["device"], settings["dtype"], settings["offload"])
     if quiet:
         for library in (diffusers, transformers):
@@ -465,8 +469,7 @@ def run(command, settings, sources, given):
 def load_pipeline(settings, device, dtype):
     """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run."""
     import torch
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
     from mf_diffusers import ModalityForcingPipeline
@@ -480,12 +483,15 @@ def load_pipeline(settings, device, dtype):
             raise ValueError(f"--model {model} is a file: give the folder that holds it and the autoencoder.")
         try:
             index = Path(hf_hub_download(model, "model_index.json", **hub))
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            raise FileNotFoundError(
-                f"--model {model}: no such folder, nor a repository on the Hub ({error})"
-            ) from error
-        except EntryNotFoundError:
-            pass  # a repository in the published layout, or one that cannot be reached
+        except errors.RemoteEntryNotFoundError:
+            pass  # a repository in the published layout
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+            raise FileNotFoundError(f"--model {model}: no such folder, nor such a repository on the Hub") from error
+        except errors.LocalEntryNotFoundError as error:
+            if not isinstance(try_to_load_from_cache(model, "model.safetensors"), str):
+                raise FileNotFoundError(
+                    f"--model {model}: no such folder, and no copy of a repository of that name; the Hub is not reached"
+                ) from error
     elif not index.is_file() and not Path(model, "model.safetensors").is_file():
         raise FileNotFoundError(
             f"--model {model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
@@ -624,8 +630,15 @@ def slug(text):
 def reason(error, source=None):
     """The message of an error in one line, which names the source."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:
+    if is_network_error(error):
+        text = f"the Hub cannot be reached, and there is no such file or folder here ({text})"
+    elif isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     elif type(error).__name__ == "OutOfMemoryError":
         text = f"out of GPU memory: try --offload model, or a smaller --height and --width ({text})"
     return text if source is None or text.startswith(str(source)) else f"{source}: {text}"
+
+
+def is_network_error(error):
+    """Whether it comes from below huggingface_hub, whose HTTP client's errors are no OSError."""
+    return type(error).__module__.startswith("httpx")
