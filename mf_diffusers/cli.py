@@ -1,31 +1,34 @@
 """The command line: text, images and depth maps in, result folders out; checkpoints converted and described."""
 
-# torch and diffusers take seconds to import, so the commands import them: `--help` is to come at once.
+import hashlib
 import json
-import math
 import os
 import platform
 import re
 import sys
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
+import diffusers
+import numpy as np
+import torch
+import transformers
 import typer
+from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
+
+import mf_diffusers
+from mf_diffusers.checkpoints import convert_checkpoint, load_pipeline, read_checkpoint
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, IMAGE_SUFFIXES, as_depth_map, read_depth, read_image
+from mf_diffusers.modality_forcing.pipeline import TEXT_ENCODERS
+from mf_diffusers.results import place_result, temporary_folder, write_result
 
 
 LICENCE_NOTE = "The authors' published weights are licensed CC BY-NC 4.0 (not for commercial use), converted or not."
-SAFETENSORS_DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "I64": "int64",
-}
 
 
 class Commands(TyperGroup):
@@ -162,7 +165,6 @@ def depth(
     mf-diffusers depth photo.jpg holiday/ --model MODEL --steps 4 --ensemble 5
     """
     settings = locals()
-    from mf_diffusers.depth_io import IMAGE_SUFFIXES, read_image
 
     sources = files_among(settings.pop("images"), IMAGE_SUFFIXES)
 
@@ -211,9 +213,6 @@ def image(
     mf-diffusers image outputs/photo/depth.npy --prompt "the same street in snow" --model MODEL
     """
     settings = locals()
-    import numpy as np
-
-    from mf_diffusers.depth_io import DEPTH_SUFFIXES, as_depth_map, read_depth
 
     sources = files_among(settings.pop("depths"), DEPTH_SUFFIXES)
 
@@ -247,48 +246,8 @@ def convert(
 
     mf-diffusers convert klein-depth/ klein-depth.safetensors
     """
-    import torch
-
-    from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
-    from mf_diffusers.results import place_folder, temporary_folder
-
-    kind, _, parts, _ = read_checkpoint(src, offline)
-    to_file = dst.suffix == ".safetensors"
-    if not to_file and kind != "published layout":
-        raise ValueError(f"{src} is a diffusers folder already: give a DST that ends in .safetensors.")
-    if dst.exists():
-        ours = dst.is_file() if to_file else (dst / "model_index.json").is_file() or (dst / "config.json").is_file()
-        if not (overwrite and ours) or dst.resolve() in (Path(src).resolve(), *Path(src).resolve().parents):
-            raise FileExistsError(
-                f"{dst} exists: choose another name, or replace an earlier conversion by --overwrite."
-            )
-    stored = Counter(tensor.dtype for tensor in parts["transformer"].values()).most_common(1)[0][0]
-    torch_dtype = stored if dtype == "auto" else getattr(torch, dtype)
-    what = "transformer"
-    if not to_file and "vae" in parts:
-        what = "pipeline" if text_encoder else "pipeline without a text encoder"
-        result = ModalityForcingPipeline.from_published(
-            src, text_encoder=text_encoder or unused_text_encoder(), dtype=torch_dtype, local_files_only=offline
-        )
-        if text_encoder is None:
-            result.register_modules(text_encoder=None, tokenizer=None)
-    elif kind == "published layout":
-        result = ModalityForcingFlux2Transformer2DModel.from_published(src, dtype=torch_dtype)
-    else:
-        subfolder = "transformer" if kind == "diffusers pipeline" else None
-        result = ModalityForcingFlux2Transformer2DModel.from_pretrained(
-            src, subfolder=subfolder, dtype=torch_dtype, local_files_only=offline
-        )
-
-    if to_file:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        result.save_published(dst, prefix=prefix)
-    else:
-        with temporary_folder(dst.resolve().parent) as folder:
-            result.save_pretrained(folder)
-            place_folder(folder, dst.resolve())
-    size = sum(file.stat().st_size for file in ([dst] if to_file else dst.rglob("*")) if file.is_file())
-    parameters = sum(tensor.numel() for tensor in parts["transformer"].values())
+    what, parameters = convert_checkpoint(src, dst, text_encoder, prefix, dtype, overwrite, offline)
+    size = sum(file.stat().st_size for file in (dst.rglob("*") if dst.is_dir() else [dst]) if file.is_file())
     typer.echo(f"{dst}: {what}, {parameters:,} parameters in the transformer, {decimal(size)} on disk")
     typer.echo(LICENCE_NOTE)
 
@@ -303,7 +262,6 @@ def info(
 
     mf-diffusers info klein-depth/ --json
     """
-    from mf_diffusers.modality_forcing.pipeline import TEXT_ENCODERS
 
     kind, config, parts, facts = read_checkpoint(model, offline)
     parameters = {part: sum(tensor.numel() for tensor in tensors.values()) for part, tensors in parts.items()}
@@ -343,16 +301,6 @@ def run(command, settings, sources, given):
         sources: prompts, or paths of input files.
         given: makes the pipeline's arguments of a source.
     """
-    import hashlib
-
-    import diffusers
-    import torch
-    import transformers
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    import mf_diffusers
-    from mf_diffusers.results import place_result, temporary_folder, write_result
 
     output, quiet = settings["output"], settings["quiet"]
     with temporary_folder(output):  # what cannot be written is found out before the model is loaded
@@ -368,7 +316,15 @@ def run(command, settings, sources, given):
         for library in (diffusers, transformers):
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-    pipe = load_pipeline(settings, device, dtype)
+    pipe = load_pipeline(
+        settings["model"],
+        device,
+        dtype,
+        text_encoder=settings["text_encoder"],
+        lora=settings["lora"],
+        offload=settings["offload"],
+        offline=settings["offline"],
+    )
     pipe.set_progress_bar_config(disable=True)  # its steps are the second line of the display below
     if Path(settings["model"]).exists():
         settings["model"] = Path(settings["model"]).resolve()
@@ -466,135 +422,8 @@ def run(command, settings, sources, given):
         raise typer.Exit(1)
 
 
-def load_pipeline(settings, device, dtype):
-    """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run."""
-    import torch
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-    from transformers import AutoTokenizer, Qwen3ForCausalLM
-
-    from mf_diffusers import ModalityForcingPipeline
-    from mf_diffusers.modality_forcing.pipeline import TEXT_ENCODERS
-
-    model, text_encoder = settings["model"], settings["text_encoder"]
-    hub = {"local_files_only": settings["offline"]}
-    index = Path(model, "model_index.json")
-    if not Path(model).is_dir():
-        if Path(model).exists():
-            raise ValueError(f"--model {model} is a file: give the folder that holds it and the autoencoder.")
-        try:
-            index = Path(hf_hub_download(model, "model_index.json", **hub))
-        except errors.RemoteEntryNotFoundError:
-            pass  # a repository in the published layout
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise FileNotFoundError(f"--model {model}: no such folder, nor such a repository on the Hub") from error
-        except errors.LocalEntryNotFoundError as error:
-            if not isinstance(try_to_load_from_cache(model, "model.safetensors"), str):
-                raise FileNotFoundError(
-                    f"--model {model}: no such folder, and no copy of a repository of that name; the Hub is not reached"
-                ) from error
-    elif not index.is_file() and not Path(model, "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"--model {model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
-            "layout)."
-        )
-
-    if not index.is_file():
-        pipe = ModalityForcingPipeline.from_published(model, text_encoder=text_encoder, dtype=dtype, **hub)
-    else:
-        name = json.loads(index.read_text())["_class_name"]
-        if name != ModalityForcingPipeline.__name__:
-            raise ValueError(f"--model {model} is a {name}; a {ModalityForcingPipeline.__name__} is needed.")
-        absent = {"text_encoder": None, "tokenizer": None} if text_encoder else {}
-        pipe = ModalityForcingPipeline.from_pretrained(model, dtype=dtype, **absent, **hub)
-        if pipe.text_encoder is None:
-            text_encoder = text_encoder or TEXT_ENCODERS.get(pipe.transformer.config.joint_attention_dim)
-            if text_encoder is None:
-                raise ValueError(f"--model {model} has no text encoder, and none is known to fit: give --text-encoder.")
-            pipe.register_modules(
-                text_encoder=Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub),
-                tokenizer=AutoTokenizer.from_pretrained(text_encoder, **hub),
-            )
-    if settings["lora"]:
-        pipe.load_lora_weights(settings["lora"], **hub)
-    if settings["offload"] == "none":
-        return pipe.to(device)
-    if settings["offload"] == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=device.startswith("cuda"))
-    return pipe
-
-
-def read_checkpoint(model, offline):
-    """What a checkpoint is, from its configs and the headers of its safetensors files, here or on the Hub.
-
-    Returns its kind; the transformer's config; the weights of each part as tensors without memory, the transformer's
-    under diffusers' names; and facts beyond.
-    """
-    import torch
-    from fsspec.implementations.local import LocalFileSystem
-    from huggingface_hub import HfFileSystem, constants, snapshot_download
-
-    from mf_diffusers.modality_forcing.conversion import convert_published_transformer
-    from mf_diffusers.modality_forcing.pipeline import PUBLISHED_SHIFT_MU
-
-    root, system = model, LocalFileSystem()
-    if not Path(root).exists():
-        if offline or constants.HF_HUB_OFFLINE:
-            root = snapshot_download(root, local_files_only=True)
-        else:
-            system = HfFileSystem()
-    root = system._strip_protocol(root)
-    found = system.find(root, maxdepth=2, detail=True)
-    files = {path[len(root) + 1 :] or "model.safetensors": (path, entry["size"]) for path, entry in found.items()}
-
-    def config_of(name):
-        return json.loads(system.cat_file(files[name][0]))
-
-    def weights_of(start):
-        tensors = {}
-        for path, size in [files[name] for name in files if name.startswith(start) and name.endswith(".safetensors")]:
-            with system.open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= size - 8:
-                    raise ValueError(f"{path} is not a complete safetensors file: download it again.")
-                header = json.loads(file.read(length))
-            for key in header.keys() - {"__metadata__"}:
-                dtype = getattr(torch, SAFETENSORS_DTYPES.get(header[key]["dtype"], "uint8"))
-                tensors[key] = torch.empty(header[key]["shape"], dtype=dtype, device="meta")
-        return tensors
-
-    facts = {"bytes_on_disk": sum(size for _, size in files.values())}
-    if "model_index.json" in files:
-        kind, config = "diffusers pipeline", config_of("transformer/config.json")
-        parts = {part: weights_of(f"{part}/") for part in ("transformer", "vae", "text_encoder")}
-        facts["text_encoder"] = config_of("model_index.json")["text_encoder"][1]
-        for name in ("scheduler", "depth_scheduler"):
-            facts[f"{name}_shift"] = config_of(f"{name}/scheduler_config.json")["shift"]
-    elif "model.safetensors" in files:
-        kind = "published layout"
-        config, transformer = convert_published_transformer(weights_of("model."))
-        parts = {"transformer": transformer, "vae": weights_of("ae_")}
-        facts["scheduler_shift"] = facts["depth_scheduler_shift"] = math.exp(PUBLISHED_SHIFT_MU)
-    elif "config.json" in files:
-        kind, config, parts = "diffusers transformer", config_of("config.json"), {"transformer": weights_of("")}
-    else:
-        raise FileNotFoundError(f"{model}: no model_index.json, config.json or model.safetensors is there.")
-    return kind, config, {part: tensors for part, tensors in parts.items() if tensors}, facts
-
-
-def unused_text_encoder():
-    """A stand-in without memory: `from_published` would fetch a text encoder of gigabytes that is not wanted."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    with torch.device("meta"):
-        return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=1))
-
-
 def device_and_dtype(device, dtype, offload):
     """The torch device and dtype of an answer that may be "auto"."""
-    import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [name for name in there if there[name]]

@@ -100,7 +100,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
     def from_published(
         cls,
         pretrained_model_name_or_path: str | Path = "bartduis/modality_forcing",
-        text_encoder: str | Path | Qwen3ForCausalLM | None = None,
+        text_encoder: str | Path | Qwen3ForCausalLM | None = "auto",
         tokenizer: Qwen2TokenizerFast | None = None,
         dtype: torch.dtype = torch.bfloat16,
         **hub_kwargs,
@@ -112,8 +112,8 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         Args:
             pretrained_model_name_or_path: Folder or Hub repository with `model.safetensors`, `ae_encoder.safetensors`
                 and `ae_decoder.safetensors`.
-            text_encoder: Folder, Hub repository or instance of the Qwen3 model; default: the one that fits the width of
-                the transformer's text features.
+            text_encoder: Folder, Hub repository or instance of the Qwen3 model; "auto": the one that fits the width of
+                the transformer's text features; `None`: none, the caller gives `prompt_embeds`.
             tokenizer: Default: the tokenizer that lies with the text encoder.
             dtype: dtype of all the weights but the depth head's, which stay float32.
             hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`.
@@ -129,24 +129,26 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
         vae_config, vae_weights = convert_published_autoencoder(
             load_safetensors(folder / "ae_encoder.safetensors"), load_safetensors(folder / "ae_decoder.safetensors")
         )
-        vae = AutoencoderKLFlux2(**vae_config)
-        vae.load_state_dict(vae_weights)
+        with torch.device("meta"):
+            vae = AutoencoderKLFlux2(**vae_config)
+        vae_weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vae_weights.items()}
+        vae.load_state_dict(vae_weights, assign=True)
 
-        if text_encoder is None:
+        if text_encoder == "auto":
             text_encoder = TEXT_ENCODERS.get(transformer.config.joint_attention_dim)
             if text_encoder is None:
                 raise ValueError(
                     f"No known text encoder makes features of width {transformer.config.joint_attention_dim}: pass "
                     "`text_encoder` (and `tokenizer`)."
                 )
-        if not isinstance(text_encoder, Qwen3ForCausalLM):
+        if isinstance(text_encoder, (str, Path)):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(text_encoder, **hub_kwargs)
             text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub_kwargs)
         return cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
             depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
-            vae=vae.to(dtype).eval(),
+            vae=vae.eval(),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),
