@@ -285,7 +285,7 @@ def test_sizes_that_are_no_multiple_of_a_token_are_rounded(pipe, caplog):
 def test_long_prompts_are_cut(pipe):
     with pytest.MonkeyPatch.context() as patch:
         messages = []
-        patch.setattr("mf_diffusers.modality_forcing.pipeline.logger.warning", messages.append)
+        patch.setattr("mf_diffusers.modality_forcing.text_features.logger.warning", messages.append)
         a = call(pipe, "word " * 100)
         b = call(pipe, "word " * 100 + "and more")
     assert np.array_equal(a.images, b.images)

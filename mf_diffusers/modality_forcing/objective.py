@@ -40,7 +40,7 @@ class ObjectiveConfig:
 @dataclass
 class NoiseDraw:
     """
-    All that is random about a batch of B samples, drawn at once so that processes can share one draw.
+    All that is random about a batch of B samples.
 
     Args:
         timestep, depth_timestep: noise levels (B,), 0 where that modality is clean.
@@ -55,42 +55,40 @@ class NoiseDraw:
     depth_noise: torch.Tensor
     drop_caption: torch.Tensor
 
-    def __getitem__(self, samples: slice) -> "NoiseDraw":
-        return NoiseDraw(*(getattr(self, field.name)[samples] for field in fields(self)))
-
     def to(self, device: torch.device) -> "NoiseDraw":
         return NoiseDraw(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def draw_noise(
     config: ObjectiveConfig,
-    latents_shape: tuple[int, int, int],
-    depth_shape: tuple[int, int, int, int],
-    has_depth: torch.Tensor,
-    generator: torch.Generator,
+    latents_shape: tuple[int, int],
+    depth_shape: tuple[int, int, int],
+    has_depth: list[bool],
+    generators: list[torch.Generator],
 ) -> NoiseDraw:
     """
-    Draws tasks, noise levels, noise and caption dropout of a batch (paper, training).
+    Draws task, noise levels, noise and caption dropout of each sample (paper, training).
 
     Args:
-        latents_shape: (B, N, C).
-        depth_shape: (B, 1, H, W).
-        has_depth: (B,), bool; a sample without any depth has no task but to train RGB.
-        generator: on the CPU.
+        latents_shape: (N, C) of a sample.
+        depth_shape: (1, H, W) of a sample.
+        has_depth: B values; a sample without any depth has no task but to train RGB.
+        generators: B of them, on the CPU: a sample's draw does not depend on the batch or the process that it is in.
     """
-    batch_size = latents_shape[0]
-    task = torch.rand(batch_size, generator=generator)
-    image_to_depth = (task < config.p_image_to_depth) & has_depth
-    depth_to_image = (task >= 1 - config.p_depth_to_image) & has_depth
-    timestep = sample_logit_normal((batch_size,), config.rgb_mu, config.sigma, generator)
-    depth_timestep = sample_plateau_logit_normal((batch_size,), config.depth_mu, config.sigma, generator)
-    return NoiseDraw(
-        timestep=torch.where(image_to_depth, 0.0, timestep),
-        depth_timestep=torch.where(depth_to_image, 0.0, depth_timestep),
-        noise=torch.randn(latents_shape, generator=generator),
-        depth_noise=torch.randn(depth_shape, generator=generator),
-        drop_caption=torch.rand(batch_size, generator=generator) < config.caption_dropout,
-    )
+    samples = []
+    for generator, depth in zip(generators, has_depth, strict=True):
+        task = torch.rand((), generator=generator)
+        timestep = sample_logit_normal((), config.rgb_mu, config.sigma, generator)
+        depth_timestep = sample_plateau_logit_normal((), config.depth_mu, config.sigma, generator)
+        if depth and task < config.p_image_to_depth:
+            timestep = torch.zeros(())
+        if depth and task >= 1 - config.p_depth_to_image:
+            depth_timestep = torch.zeros(())
+        noise = torch.randn(latents_shape, generator=generator)
+        depth_noise = torch.randn(depth_shape, generator=generator)
+        drop_caption = torch.rand((), generator=generator) < config.caption_dropout
+        samples.append((timestep, depth_timestep, noise, depth_noise, drop_caption))
+    return NoiseDraw(*(torch.stack(values) for values in zip(*samples)))
 
 
 @dataclass

@@ -22,6 +22,7 @@ from .image_processor import image_to_tensor, processing_size, resize
 from .latent_tokens import decode_latents, image_to_tokens, position_ids, tokens_to_latents
 from .noise import add_noise, shift_timestep, velocity_from_clean
 from .pipeline_output import ModalityForcingPipelineOutput
+from .text_features import encode_text
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -238,30 +239,14 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin):
                 "This pipeline has no text encoder: give `prompt_embeds`, and `negative_prompt_embeds` for guidance."
             )
         if prompt_embeds is None:
-            chats = [[{"role": "user", "content": p}] for p in ([prompt] if isinstance(prompt, str) else prompt)]
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
-                )
-                for chat in chats
-            ]
-            length = self.config.max_sequence_length
-            longest = max(len(ids) for ids in self.tokenizer(texts)["input_ids"])
-            if longest > length:
-                logger.warning(
-                    f"The prompt has {longest} tokens, the text encoder takes {length}: the rest is cut off."
-                )
-            tokens = self.tokenizer(
-                texts, return_tensors="pt", padding="max_length", truncation=True, max_length=length
-            ).to(device)
-            hidden_states = self.text_encoder(
-                input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                output_hidden_states=True,
-                use_cache=False,
-                logits_to_keep=1,  # the logits are not used
-            ).hidden_states
-            prompt_embeds = torch.cat([hidden_states[layer] for layer in self.config.text_encoder_out_layers], dim=-1)
+            prompt_embeds = encode_text(
+                self.text_encoder,
+                self.tokenizer,
+                [prompt] if isinstance(prompt, str) else prompt,
+                self.config.text_encoder_out_layers,
+                self.config.max_sequence_length,
+                device,
+            )
         prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, position_ids(length=prompt_embeds.shape[1]).to(device)
 

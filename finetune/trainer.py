@@ -1,0 +1,255 @@
+"""What the training loops share: optimiser, averaged weights, checkpoints that resume, logs that notice trouble."""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from mf_diffusers.results import place_folder, temporary_folder
+
+
+@dataclass
+class TrainerConfig:
+    """
+    Args:
+        output: folder of checkpoints, logs and the result.
+        seed: of the data order and of every noise.
+        steps: optimiser steps.
+        batch_size: samples of an optimiser step, over all processes and accumulated micro batches.
+        micro_batch_size: samples of one forward pass of one process.
+        learning_rate: reached after `warmup_steps`, then constant.
+        optimizer: "adamw", or "adamw8bit" (bitsandbytes, GPU).
+        mixed_precision: "no" or "bf16"; weights in training stay float32.
+        ema_decay: of the averaged weights, which are what is saved; 0 switches averaging off.
+        checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
+        validate_every: steps between validations.
+        log_every: steps between log lines, and between checks that the loss is finite.
+        resume: go on from the newest checkpoint in `output`.
+    """
+
+    output: str = "outputs/training"
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int = 32
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
+    mixed_precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    ema_decay: float = 0.9999
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    validate_every: int = 500
+    log_every: int = 20
+    num_workers: int = 0
+    resume: bool = True
+
+
+def sample_generators(seed: int, step: int, positions) -> list[torch.Generator]:
+    """A generator for each position in the batch of a step: the same whatever process or micro batch it falls to."""
+    generators = []
+    for position in positions:
+        entropy = np.random.SeedSequence([seed, step, position]).generate_state(1, np.uint64)[0]
+        generators.append(torch.Generator().manual_seed(int(entropy >> np.uint64(1))))
+    return generators
+
+
+class Trainer:
+    """
+    The state of a training run: trainable parameters, optimiser, averaged weights, step. Everything random is a
+    function of seed and step, so a checkpoint needs no random state and a resumed run ends as one left alone.
+    """
+
+    def __init__(self, config: TrainerConfig, modules: dict[str, torch.nn.Module]):
+        self.config = config
+        accumulation, rest = divmod(config.batch_size, config.micro_batch_size)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=config.output
+        )
+        self.accumulation, uneven = divmod(accumulation, self.accelerator.num_processes)
+        if rest or uneven or not self.accumulation:
+            raise SystemExit(
+                f"error: batch_size {config.batch_size} must be a multiple of micro_batch_size "
+                f"{config.micro_batch_size} times {self.accelerator.num_processes} processes"
+            )
+        self.modules = modules
+        self.named_parameters = {
+            f"{name}.{key}": parameter
+            for name, module in modules.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        parameters = list(self.named_parameters.values())
+        self.optimizer = make_optimizer(config, parameters)
+        self.prepared = {name: self.accelerator.prepare(module) for name, module in modules.items()}
+        self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+        self.step = 0
+        self.folder = Path(config.output)
+        if config.resume and self.checkpoints():
+            self.load(self.checkpoints()[-1])
+        self.accelerator.init_trackers("logs")
+        self.progress_bar = tqdm(
+            total=config.steps, initial=self.step, disable=not self.accelerator.is_main_process, unit="step"
+        )
+        self.running: dict[str, torch.Tensor] = {}
+        self.running_steps = 0
+
+    def positions(self, micro_batch: int) -> range:
+        """Which samples of the step's batch this process takes in a micro batch."""
+        size = self.config.micro_batch_size
+        start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return range(start, start + size)
+
+    def update(self, losses: dict[str, torch.Tensor]) -> None:
+        """After the backward passes of a step: clip, step, average, log, checkpoint.
+
+        Args:
+            losses: scalars to log, without gradient.
+
+        Raises:
+            FloatingPointError: a loss or gradient is not finite; the newest checkpoint is the last good state.
+        """
+        parameters = list(self.named_parameters.values())
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.step(parameters)
+        self.step += 1
+
+        for name, value in {**losses, "grad_norm": grad_norm}.items():
+            self.running[name] = self.running.get(name, 0) + value.detach()
+        self.running_steps += 1
+        done = self.step == self.config.steps
+        checkpoint = done or self.step % self.config.checkpoint_every == 0
+        if checkpoint or self.step % self.config.log_every == 0:
+            self.log()
+        if checkpoint:
+            self.save()
+        self.progress_bar.update()
+
+    def log(self) -> None:
+        since = (self.step - 1) % self.config.log_every + 1
+        means = {name: (self.accelerator.reduce(value, "mean") / since).item() for name, value in self.running.items()}
+        self.running = {}
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            last = self.checkpoints()[-1] if self.checkpoints() else "none yet"
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite within the {steps} steps before step {self.step}. Lower learning_rate "
+                f"({self.config.learning_rate:g}) or max_grad_norm ({self.config.max_grad_norm:g}), or look at the "
+                f"data of these steps. Last good checkpoint: {last}"
+            )
+        self.accelerator.log(means, step=self.step)
+        self.progress_bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step-*[0-9]"))
+
+    def save(self) -> None:
+        """Writes a checkpoint, whole or not at all, and drops the oldest beyond `keep_checkpoints`."""
+        if self.accelerator.is_main_process:
+            parent = self.folder / "checkpoints"
+            with temporary_folder(parent) as folder:
+                weights = {name: p.detach().cpu() for name, p in self.named_parameters.items()}
+                save_file(weights, folder / "weights.safetensors")
+                save_file(self.optimizer_tensors(), folder / "optimizer.safetensors")
+                state = {"step": self.step, "samples": self.step * self.config.batch_size}
+                if self.ema:
+                    averaged = zip(self.named_parameters, self.ema.shadow_params)
+                    save_file({name: p.cpu().clone() for name, p in averaged}, folder / "ema.safetensors")
+                    state["ema_steps"] = self.ema.optimization_step
+                (folder / "state.json").write_text(json.dumps(state))
+                place_folder(folder, parent / f"step-{self.step:08}")
+            for old in self.checkpoints()[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """Takes up the state of a checkpoint.
+
+        Raises:
+            ValueError: it belongs to another architecture; the message names a parameter.
+        """
+        state = json.loads((folder / "state.json").read_text())
+        weights = load_file(folder / "weights.safetensors")
+        for name, parameter in self.named_parameters.items():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{folder} is a checkpoint of another model: its {name} is "
+                    f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(parameter.shape)}. "
+                    "Choose another output folder, or resume=false."
+                )
+            parameter.data.copy_(weights[name])
+        self.load_optimizer_tensors(load_file(folder / "optimizer.safetensors"))
+        if self.ema:
+            averaged = load_file(folder / "ema.safetensors")
+            for name, parameter in zip(self.named_parameters, self.ema.shadow_params):
+                parameter.copy_(averaged[name])
+            self.ema.optimization_step = state["ema_steps"]
+        self.step = state["step"]
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}|{key}": value.detach().cpu()
+            for name, parameter in self.named_parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for full_name, value in tensors.items():
+            name, key = full_name.rsplit("|", 1)
+            parameter = self.named_parameters[name]
+            self.optimizer.state[parameter][key] = value.to(parameter.device)
+
+    def averaged_weights(self):
+        """Context in which the modules hold the averaged weights."""
+        return _Averaged(self)
+
+    def finish(self) -> None:
+        self.progress_bar.close()
+        self.accelerator.end_training()
+
+
+class _Averaged:
+    def __init__(self, trainer: Trainer):
+        self.ema, self.parameters = trainer.ema, list(trainer.named_parameters.values())
+
+    def __enter__(self):
+        if self.ema:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *error):
+        if self.ema:
+            self.ema.restore(self.parameters)
+
+
+def make_optimizer(config: TrainerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (0.9, config.adam_beta2),
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit  # optional, and only on GPUs
+
+        return AdamW8bit(parameters, **settings)
+    raise SystemExit(f"error: optimizer {config.optimizer!r} is none of adamw, adamw8bit")
