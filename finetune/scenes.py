@@ -339,7 +339,8 @@ def turn(v, cosine, sine):
 
 
 def camera_rays(world: World, columns: torch.Tensor, rows: torch.Tensor, height: int, width: int):
-    """Unit directions (3, B, P) in the world through image points (P,) in pixels, and their camera z (B, P)."""
+    """Unit directions (3, B, P) in the world through image points (P,) in pixels from the top left corner of the image
+    (pixel centres at halves), and their camera z (B, P)."""
     x = (columns - width / 2) * (2 / width) * world.tan_half_fov
     y = (rows - height / 2) * (2 / width) * world.tan_half_fov
     z = torch.rsqrt(x * x + y * y + 1)
@@ -752,13 +753,12 @@ def describe(scene: Scene, shares: np.ndarray, rng) -> str:
 
 @dataclass
 class SceneBatch:
-    """Rendered scenes. Pixel (row r, column c) is the square [c, c + 1] x [r, r + 1] of the image plane: its centre,
-    the point whose depth and surface it has, is at (c + 0.5, r + 0.5), and intrinsics @ (X, Y, Z) / Z gives such
-    coordinates."""
+    """Rendered scenes. The centre of pixel (row r, column c), the point whose depth and surface it has, is at (c, r) of
+    the image plane, as in `mf_diffusers.geometry`, and intrinsics @ (X, Y, Z) / Z gives such coordinates."""
 
     image: torch.Tensor  # (B, 3, H, W) sRGB in [0, 1]
     depth: torch.Tensor  # (B, 1, H, W) metres along the optical axis; inf for the sky
-    intrinsics: torch.Tensor  # (B, 3, 3) in pixels, square, principal point in the middle of the image
+    intrinsics: torch.Tensor  # (B, 3, 3) in pixels, square, principal point ((W - 1) / 2, (H - 1) / 2)
     surfaces: torch.Tensor  # (B, H, W) int64: SKY, FLOOR, WALL, CEILING or FIRST_OBJECT + object
     captions: list[str]
 
@@ -811,6 +811,6 @@ def render_chunk(scenes: list[Scene], height: int, width: int, device: torch.dev
 
     intrinsics = torch.zeros(len(scenes), 3, 3, device=device)
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = width / 2 / world.tan_half_fov[:, 0]
-    intrinsics[:, 0, 2], intrinsics[:, 1, 2], intrinsics[:, 2, 2] = width / 2, height / 2, 1
+    intrinsics[:, 0, 2], intrinsics[:, 1, 2], intrinsics[:, 2, 2] = (width - 1) / 2, (height - 1) / 2, 1
     depth = (distance * z).view(-1, 1, height, width)
     return image.transpose(0, 1), depth, surface.view(-1, height, width), intrinsics

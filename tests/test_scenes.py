@@ -93,7 +93,7 @@ def signed_distance(solid, points: np.ndarray) -> np.ndarray:
 
 def unproject(scene, depth: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
     """World points (H, W, 3) at z-depths (H, W)."""
-    rows, columns = np.mgrid[: depth.shape[0], : depth.shape[1]] + 0.5
+    rows, columns = np.mgrid[: depth.shape[0], : depth.shape[1]]
     rays = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ np.linalg.inv(intrinsics).T
     return (rays * depth[..., None]) @ scene.camera_rotation.T + scene.camera_position
 
