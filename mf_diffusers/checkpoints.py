@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from mf_diffusers.modality_forcing import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.conversion import convert_published_transformer
-from mf_diffusers.modality_forcing.pipeline import PUBLISHED_SHIFT_MU, TEXT_ENCODERS
+from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU, TEXT_ENCODERS
 from mf_diffusers.results import place_folder, temporary_folder
 
 

@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 import mf_diffusers
 from mf_diffusers.checkpoints import convert_checkpoint, load_pipeline, read_checkpoint
 from mf_diffusers.depth_io import DEPTH_SUFFIXES, IMAGE_SUFFIXES, as_depth_map, read_depth, read_image
-from mf_diffusers.modality_forcing.pipeline import TEXT_ENCODERS
+from mf_diffusers.modality_forcing.loaders import TEXT_ENCODERS
 from mf_diffusers.results import place_result, temporary_folder, write_result
 
 

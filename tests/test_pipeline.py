@@ -376,9 +376,26 @@ save_file({{"images": output.images, "depth": output.depth}}, {str(tmp_path / "o
     assert torch.equal(loaded["images"], expected.images) and torch.equal(loaded["depth"], expected.depth)
 
 
+def make_flux2(pipe) -> Flux2Transformer2DModel:
+    """A FLUX.2 transformer of the size of the pipeline's."""
+    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_") and "depth" not in k}
+    return Flux2Transformer2DModel(**config)
+
+
+def test_graft_onto_klein(pipe):
+    klein = Flux2KleinPipeline(pipe.scheduler, pipe.vae, pipe.text_encoder, pipe.tokenizer, make_flux2(pipe))
+    grafted = ModalityForcingPipeline.from_base(
+        klein, text_encoder_out_layers=[1, 2, 3], max_sequence_length=64, default_sample_size=32
+    )
+    grafted.set_progress_bar_config(disable=True)
+    assert grafted.depth_processor.config.patch_size == 4
+    assert len(grafted.transformer.depth_decoder_blocks) == 4
+    output = call(grafted, "a cat")
+    assert output.images.shape == (1, 32, 32, 3) and output.depth.shape == (1, 32, 32)
+
+
 def test_lora_saved_for_flux2_loads_changes_and_unloads(pipe, tmp_path):
-    base_config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_") and "depth" not in k}
-    flux = Flux2Transformer2DModel(**base_config)
+    flux = make_flux2(pipe)
     flux.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_qkv_mlp_proj"], init_lora_weights=False))
     Flux2KleinPipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(flux))
     before = call(pipe, "a cat")

@@ -1,0 +1,114 @@
+"""Ways to a pipeline besides `from_pretrained`: the published checkpoint, and a graft onto FLUX.2 [klein]."""
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM
+from typing_extensions import Self
+
+from .conversion import convert_published_autoencoder, load_safetensors
+from .depth_processor import DepthProcessor
+from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
+
+
+# Schedules of the published model: both modalities are shifted by exp(mu), mu = 1.1.
+PUBLISHED_SHIFT_MU = 1.1
+# Text encoder of FLUX.2 [klein] by the width of its features (three hidden layers side by side).
+TEXT_ENCODERS = {7680: "Qwen/Qwen3-4B", 12288: "Qwen/Qwen3-8B"}
+
+
+class ModalityForcingLoaderMixin:
+    """The loading methods of `ModalityForcingPipeline`."""
+
+    @classmethod
+    def from_published(
+        cls,
+        pretrained_model_name_or_path: str | Path = "bartduis/modality_forcing",
+        text_encoder: str | Path | Qwen3ForCausalLM | None = "auto",
+        tokenizer: Qwen2TokenizerFast | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **hub_kwargs,
+    ) -> Self:
+        r"""
+        Assembles the pipeline from a checkpoint in the published layout. The published weights are licensed
+        CC BY-NC 4.0 (not for commercial use).
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub repository with `model.safetensors`, `ae_encoder.safetensors`
+                and `ae_decoder.safetensors`.
+            text_encoder: Folder, Hub repository or instance of the Qwen3 model; "auto": the one that fits the width of
+                the transformer's text features; `None`: none, the caller gives `prompt_embeds`.
+            tokenizer: Default: the tokenizer that lies with the text encoder.
+            dtype: dtype of all the weights but the depth head's, which stay float32.
+            hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is not what its name says; the message names the file or the keys.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "config.json"], **hub_kwargs))
+        transformer = ModalityForcingFlux2Transformer2DModel.from_published(folder, dtype=dtype)
+        vae_config, vae_weights = convert_published_autoencoder(
+            load_safetensors(folder / "ae_encoder.safetensors"), load_safetensors(folder / "ae_decoder.safetensors")
+        )
+        with torch.device("meta"):
+            vae = AutoencoderKLFlux2(**vae_config)
+        vae_weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vae_weights.items()}
+        vae.load_state_dict(vae_weights, assign=True)
+
+        if text_encoder == "auto":
+            text_encoder = TEXT_ENCODERS.get(transformer.config.joint_attention_dim)
+            if text_encoder is None:
+                raise ValueError(
+                    f"No known text encoder makes features of width {transformer.config.joint_attention_dim}: pass "
+                    "`text_encoder` (and `tokenizer`)."
+                )
+        if isinstance(text_encoder, (str, Path)):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(text_encoder, **hub_kwargs)
+            text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub_kwargs)
+        return cls(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
+            depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
+            vae=vae.eval(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),
+        )
+
+    @classmethod
+    def from_base(
+        cls,
+        base: Flux2KleinPipeline,
+        num_depth_decoder_layers: int = 4,
+        shift_mu: float = PUBLISHED_SHIFT_MU,
+        **pipeline_config,
+    ) -> Self:
+        r"""
+        Grafts depth onto a text-to-image pipeline (see the transformer's `from_base`): the start of post-training.
+
+        Args:
+            base (`Flux2KleinPipeline`): Its VAE, text encoder and tokenizer are shared, its transformer is copied.
+            num_depth_decoder_layers (`int`): Blocks of the depth decoder.
+            shift_mu (`float`): Time shift of both schedules.
+            pipeline_config: `text_encoder_out_layers`, `max_sequence_length`, `default_sample_size`, ...
+        """
+        patch_size = 2 * base.vae_scale_factor
+        transformer = ModalityForcingFlux2Transformer2DModel.from_base(
+            base.transformer, depth_channels=patch_size**2, num_depth_decoder_layers=num_depth_decoder_layers
+        )
+        return cls(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(shift_mu)),
+            depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(shift_mu)),
+            vae=base.vae,
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+            depth_processor=DepthProcessor(patch_size=patch_size),
+            **pipeline_config,
+        )
