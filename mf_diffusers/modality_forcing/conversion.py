@@ -108,10 +108,11 @@ def load_safetensors(path: str | Path) -> StateDict:
         ) from error
 
 
-def save_safetensors(state_dict: StateDict, path: str | Path) -> None:
+def save_safetensors(state_dict: StateDict, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
+    tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
     with atomic_write(path) as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, temporary, {"format": "pt"})
+        save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
 
 
 def convert_published_transformer(state_dict: StateDict) -> tuple[dict, StateDict]:
