@@ -1,0 +1,613 @@
+"""Training samples: where they come from, in which order, and in which batches.
+
+A sample is a dict: `image` float32 (3, H, W) in [0, 1]; `depth` float32 (1, H, W) in any unit, 0 where missing (all of
+it when the sample has no depth); `caption`, "" when there is none; and `key`, which names it in logs and reports.
+
+Everything hangs on the global sample index 0, 1, 2, ...: a source has a sample for every one of them, in an order that
+its seed alone decides, and the batches of all processes together use each index once. So a run resumes from its step
+number, and another number of processes or workers trains on the same batches. Tar shards are the exception: they are
+streams, see `WebDatasetSource`.
+"""
+
+import io
+import json
+import math
+import random
+import re
+import tempfile
+import warnings
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from finetune.scenes import SPLITS, render_scenes
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_depth, read_image
+from mf_diffusers.modality_forcing.image_processor import as_rgb, image_to_tensor, processing_size, resize
+
+
+DEPTH_ENCODINGS = {"linear": None, "inverse": None, "millimetres": 1 / 1000, "kitti": 1 / 256, "sun3d": 1 / 1000}
+"""Encoding: its scale to metres, or None where `depth_scale` gives the scale."""
+
+DEPTH_KEYS = {"depth_scale", "depth_invalid", "depth_encoding", "depth_max"}
+METADATA_KEYS = {"file_name", "depth_file_name", "text"} | DEPTH_KEYS
+SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)  # in a caption: the image cannot be mirrored
+SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
+MIXTURE_BLOCK = 1000  # samples after which the shares of a mixture are exact
+ASPECT_TOLERANCE = 0.02  # by which the aspect ratios of an image and its depth may differ
+EXIF_ORIENTATION, EXIF_TURNED = 274, (5, 6, 7, 8)
+
+
+@dataclass
+class ScenesConfig:
+    """Procedural scenes (`finetune.scenes`), without end. `height` and `width` are rendered."""
+
+    kind: str = "scenes"
+    split: str = "train"  # train, validation or test
+    seed: int = 0
+    height: int = 128
+    width: int = 128
+    supersample: int = 2
+
+
+@dataclass
+class FolderConfig:
+    """A folder with `metadata.jsonl`, see `FolderSource`."""
+
+    kind: str = "folder"
+    path: str = ""
+    shuffle: bool = True  # anew in every epoch; False: as in the file
+    seed: int = 0
+
+
+@dataclass
+class WebDatasetConfig:
+    """Tar shards, see `WebDatasetSource`."""
+
+    kind: str = "webdataset"
+    shards: str = ""  # paths or URLs with braces, e.g. data/train-{0000..0127}.tar; several joined by "::"
+    height: int = 512  # all samples are brought to this size: it is not known before they are read
+    width: int = 512
+    shuffle_buffer: int = 1000  # samples held undecoded; 0: as in the shards
+    seed: int = 0
+
+
+@dataclass
+class MixtureConfig:
+    """`sources` (configs of any kind, or mappings with their fields) drawn in proportion to `weights`."""
+
+    kind: str = "mixture"
+    sources: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    seed: int = 0
+
+
+@dataclass
+class LoaderConfig:
+    """
+    Args:
+        batch_size: samples of one step, over all processes.
+        pixels: area near which images are worked on, at their own aspect ratio.
+        multiple: of the height and the width, in pixels; the size of a token.
+        flip: mirror half of the samples, but none whose caption says left or right.
+        seed: of the flips.
+        workers: DataLoader workers of each process; 0 reads in the process itself.
+        window: steps over which samples are sorted into batches of one size.
+    """
+
+    batch_size: int = 8
+    pixels: int = 512 * 512
+    multiple: int = 16
+    flip: bool = False
+    seed: int = 0
+    workers: int = 4
+    window: int = 128
+
+
+class TooManyUnreadableError(RuntimeError):
+    """More samples than `ReadReport` lets pass could not be read."""
+
+
+@dataclass
+class ReadReport:
+    """How many samples a run tried to read, and why which of them were replaced."""
+
+    tried: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises TooManyUnreadableError if more than 1 % of at least 100 samples were unreadable."""
+        if self.tried >= 100 and len(self.failures) > 0.01 * self.tried:
+            raise TooManyUnreadableError(f"more than 1 % of the samples are unreadable, mend or remove them: {self}")
+
+    def __str__(self) -> str:
+        return "\n  ".join([f"{len(self.failures)} of {self.tried} samples could not be read", *self.failures[:100]])
+
+
+@dataclass
+class DepthFormat:
+    """How stored numbers become depth: the `depth_*` keys of metadata, described at `FolderSource`."""
+
+    encoding: str = "linear"
+    scale: float | None = None
+    invalid: tuple[float, ...] | None = None
+    maximum: float = math.inf
+
+    @classmethod
+    def from_metadata(cls, entry: Mapping) -> "DepthFormat":
+        """Raises ValueError for a value that its key does not take."""
+        entry = {key: value for key, value in entry.items() if value is not None}
+        encoding = entry.get("depth_encoding", "linear")
+        if encoding not in DEPTH_ENCODINGS:
+            raise ValueError(f"depth_encoding {encoding!r} is none of {', '.join(DEPTH_ENCODINGS)}")
+        if "depth_scale" in entry and DEPTH_ENCODINGS[encoding] is not None:
+            raise ValueError(f"depth_scale does not go with depth_encoding {encoding!r}, which has its own")
+        invalid = entry.get("depth_invalid", [])
+        invalid = invalid if isinstance(invalid, list) else [invalid]
+        scale, maximum = entry.get("depth_scale", DEPTH_ENCODINGS[encoding]), entry.get("depth_max", math.inf)
+        for value in (*invalid, maximum, *([] if scale is None else [scale])):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"depth_scale, depth_invalid and depth_max take numbers, not {value!r}")
+        if maximum <= 0 or (scale is not None and scale <= 0):
+            raise ValueError("depth_scale and depth_max must be positive")
+        return cls(encoding, scale, tuple(invalid) or None, maximum)
+
+    def read(self, path) -> np.ndarray:
+        """Depth (H, W), float32, 0 where missing. Raises ValueError and FileNotFoundError as `read_depth` does."""
+        sun3d = self.encoding == "sun3d"
+        depth = read_depth(path, scale=1 if sun3d else self.scale, invalid=self.invalid)
+        if sun3d:
+            stored = depth.astype(np.uint16)
+            depth = ((stored >> 3) | (stored << 13)) * np.float32(self.scale)
+        if self.encoding == "inverse":
+            with np.errstate(over="ignore"):
+                depth = np.divide(1, depth, out=np.zeros_like(depth), where=depth > 0)
+        return np.where(depth <= min(self.maximum, np.finfo(np.float32).max), depth, np.float32(0))
+
+
+def make_sample(image: Image.Image, depth: np.ndarray | None, caption: str, key: str) -> dict:
+    """A sample from a picture and its depth (h, w), which is brought to the size of the picture; None for no depth.
+
+    Raises ValueError if their aspect ratios differ: then the depth is not that of the picture.
+    """
+    height, width = image.height, image.width
+    depth = torch.zeros(1, height, width) if depth is None else torch.from_numpy(depth)[None]
+    rows, columns = depth.shape[-2:]
+    if abs(rows * width / (columns * height) - 1) > ASPECT_TOLERANCE:
+        raise ValueError(f"{key}: depth of {columns}x{rows} does not belong to a picture of {width}x{height}")
+    if (rows, columns) != (height, width):
+        depth = F.interpolate(depth[None], (height, width), mode="nearest-exact")[0]
+    return {"image": image_to_tensor(image)[0], "depth": depth, "caption": caption, "key": key}
+
+
+def fit(sample: dict, size: tuple[int, int]) -> dict:
+    """A sample at `size` (height, width): scaled to cover it (image bicubic, depth nearest) and cropped to its centre,
+    so that shapes keep their proportions."""
+    image, depth = sample["image"][None], sample["depth"][None]
+    scale = max(wanted / side for wanted, side in zip(size, image.shape[-2:]))
+    scaled = tuple(max(wanted, round(scale * side)) for wanted, side in zip(size, image.shape[-2:]))
+    image = resize(image, scaled)
+    depth = F.interpolate(depth, scaled, mode="nearest-exact")
+    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    crop = (0, slice(None), slice(top, top + size[0]), slice(left, left + size[1]))
+    return sample | {"image": image[crop], "depth": depth[crop]}
+
+
+class Source:
+    """Samples by index, without end.
+
+    `source[index]` reads one sample and raises ValueError or OSError if that fails. `size(index)` is its (height,
+    width), known without reading it. `step` leads to the index that replaces an unreadable one.
+    """
+
+    step = 1
+
+    def locate(self, index: int) -> tuple["Source", int]:
+        """The source that reads sample `index`, and the index that the sample has there."""
+        return self, index
+
+    def leaves(self) -> list["Source"]:
+        """The sources that `locate` can name."""
+        return [self]
+
+    def read(self, indices: list[int], report: ReadReport) -> list[dict]:
+        """Samples `indices`; each unreadable one is noted in `report` and replaced by the next that can be read.
+
+        Raises TooManyUnreadableError, see `ReadReport.check`.
+        """
+        return [self._read_or_replace(index, report) for index in indices]
+
+    def _read_or_replace(self, index, report):
+        while True:
+            report.tried += 1
+            try:
+                return self[index]
+            except (ValueError, OSError) as error:
+                report.failures.append(str(error))
+                report.check()
+                index += self.step
+
+
+class ScenesSource(Source):
+    """Scene `index` of `finetune.scenes`, depth in metres; the sky is missing. Index 2**32 is index 0 again.
+
+    Raises ValueError for a split of another name.
+    """
+
+    def __init__(self, config: ScenesConfig):
+        if config.split not in SPLITS:
+            raise ValueError(f"split {config.split!r} is none of {', '.join(SPLITS)}")
+        self.config = config
+
+    def size(self, index):
+        return self.config.height, self.config.width
+
+    def __getitem__(self, index):
+        return self.read([index], ReadReport())[0]
+
+    def read(self, indices, report):
+        """As `Source.read`, rendered together."""
+        c = self.config
+        numbers = [index % 2**32 for index in indices]
+        batch = render_scenes(numbers, c.seed, c.height, c.width, supersample=c.supersample, split=c.split)
+        report.tried += len(indices)
+        depth = torch.where(batch.depth.isfinite(), batch.depth, 0.0)
+        return [
+            {"image": image, "depth": depth, "caption": caption, "key": f"scenes:{c.split}:{number}"}
+            for image, depth, caption, number in zip(batch.image, depth, batch.captions, numbers)
+        ]
+
+
+class FolderSource(Source):
+    """A folder with `metadata.jsonl`, one JSON object per line, as Hugging Face `datasets` reads with ImageFolder.
+
+    Keys: `file_name` (required) and `depth_file_name`, relative to the folder; `text`, the caption; and for the depth
+    `depth_encoding` (linear, the default; inverse: 1/depth is stored; millimetres; kitti: metres times 256; sun3d:
+    millimetres, their 16 bits rotated left by 3), `depth_scale` (what stored values of the first two are multiplied
+    by), `depth_invalid` (a stored value, or a list, that means missing) and `depth_max` (what is farther is missing).
+
+    Index i is sample i % len of epoch i // len; with `shuffle`, every epoch has an order of its own.
+
+    Raises FileNotFoundError for a missing folder, metadata or listed file, ValueError for a bad line (with its number).
+    Warns once of keys that it does not know.
+    """
+
+    def __init__(self, config: FolderConfig):
+        self.config = config
+        self.folder = Path(config.path)
+        metadata = self.folder / "metadata.jsonl"
+        if not metadata.is_file():
+            raise FileNotFoundError(f"{metadata}: no such file; it lists the samples of a folder, one JSON per line")
+        self.entries, self._sizes, unknown = [], {}, set()
+        for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
+            if line.strip():
+                try:
+                    entry = json.loads(line)
+                    self.entries.append(self._parse(entry))
+                except ValueError as error:
+                    raise ValueError(f"{metadata}, line {number}: {error}") from error
+                unknown |= entry.keys() - METADATA_KEYS
+        if unknown:
+            warnings.warn(f"{metadata}: keys without a meaning here: {', '.join(sorted(unknown))}", stacklevel=2)
+        listed = [name for image, depth, *_ in self.entries for name in (image, depth) if name]
+        absent = [name for name in listed if not (self.folder / name).is_file()]
+        if absent or not listed:
+            raise FileNotFoundError(f"{metadata}: {len(absent)} of {len(listed)} files are absent: {absent[:5]}")
+
+    @staticmethod
+    def _parse(entry):
+        if not isinstance(entry, dict):
+            raise ValueError("no JSON object")
+        image, depth, text = (entry.get(key) or "" for key in ("file_name", "depth_file_name", "text"))
+        if not image or not all(isinstance(value, str) for value in (image, depth, text)):
+            raise ValueError("needs file_name; it, depth_file_name and text are strings")
+        return image, depth, text, DepthFormat.from_metadata(entry)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def _row(self, index):
+        epoch, position = divmod(index, len(self))
+        return int(permutation(len(self), self.config.seed, epoch)[position]) if self.config.shuffle else position
+
+    def size(self, index):
+        row = self._row(index)
+        if row not in self._sizes:
+            try:
+                with Image.open(self.folder / self.entries[row][0]) as image:
+                    turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_TURNED
+                    self._sizes[row] = image.size if turned else image.size[::-1]
+            except Exception:  # decoders meet damaged files with errors of many types; reading it will report this one
+                self._sizes[row] = (1, 1)
+        return self._sizes[row]
+
+    def __getitem__(self, index):
+        row = self._row(index)
+        image, depth, text, depth_format = self.entries[row]
+        depth = depth_format.read(self.folder / depth) if depth else None
+        return make_sample(read_image(self.folder / image), depth, text, f"{self.folder.name}:{row:05d}")
+
+
+class WebDatasetSource(Source):
+    """Tar shards as the library webdataset writes them: of a sample `name`, the picture is `name.jpg` (png, webp), the
+    depth, if any, `name.depth.png` (npy, exr, ...), the caption `name.txt` or "text" in `name.json`, which also takes
+    the `depth_*` keys of `FolderSource`.
+
+    Shards are read as streams, so this source is split into `lanes`, each with shards of its own: index i is sample
+    i // lanes in lane i % lanes. The loader makes as many lanes as there are workers in all processes, and each worker
+    reads one: the order depends on their number. In each epoch of a lane the shards are dealt and shuffled anew by
+    (seed, epoch), and samples pass a shuffle buffer. Going to a position, as a resumed run does, means reading the
+    lane up to it: nothing is decoded, but every byte before it is read, about a second per gigabyte from a local disk.
+
+    Raises FileNotFoundError for missing shards, ValueError when there are fewer shards than lanes.
+    """
+
+    def __init__(self, config: WebDatasetConfig):
+        from webdataset.shardlists import expand_urls
+
+        self.config = config
+        self.shards = expand_urls(config.shards) if config.shards else []
+        absent = [s for s in self.shards if not re.match(r"\w+://|pipe:", s) and not Path(s).is_file()]
+        if absent or not self.shards:
+            raise FileNotFoundError(f"shards {config.shards!r}: {len(absent)} are absent: {absent[:5]}")
+        self.split(1)
+
+    def split(self, lanes: int) -> None:
+        """Deal the shards to `lanes` streams."""
+        if lanes > len(self.shards):
+            raise ValueError(f"{len(self.shards)} shards are too few for {lanes} workers of all processes: use fewer")
+        self.step = lanes
+        self._cursors = {}  # lane: its stream, the number of samples taken from it, and the last few of them
+
+    def size(self, index):
+        return self.config.height, self.config.width
+
+    def __getitem__(self, index):
+        raw = self._raw(index)
+        key = f"{Path(raw['__url__']).stem}/{raw['__key__']}"
+        try:
+            return self._decode(raw, key)
+        except Exception as error:  # decoders meet damaged files with errors of many types
+            raise ValueError(f"{key}: {error}") from error
+
+    def _raw(self, index):
+        position, lane = divmod(index, self.step)
+        stream, taken, last = self._cursors.get(lane, (None, 0, ()))
+        if stream is None or position < taken - len(last):
+            stream, taken, last = self._stream(lane), 0, deque(maxlen=8)
+        while taken <= position:
+            last.append(next(stream))
+            taken += 1
+        self._cursors[lane] = stream, taken, last
+        return last[position - taken]
+
+    def _stream(self, lane) -> Iterator[dict]:
+        import webdataset
+
+        buffer = self.config.shuffle_buffer
+        for epoch in count():
+            order = permutation(len(self.shards), self.config.seed, epoch) if buffer else range(len(self.shards))
+            shards = [self.shards[k] for k in order[lane :: self.step]]
+            rng = random.Random(f"{self.config.seed} {epoch} {lane} {self.step}")
+            samples = webdataset.shuffle(max(1, buffer), initial=buffer, rng=rng)(self._samples(shards))
+            first = next(samples, None)
+            if first is None:
+                raise TooManyUnreadableError(f"no samples in the shards {shards[:5]}")
+            yield from chain([first], samples)
+
+    @staticmethod
+    def _samples(shards):
+        from webdataset.tariterators import tarfile_samples
+
+        for shard in shards:
+            try:
+                yield from tarfile_samples([{"url": shard}])
+            except Exception as error:  # the rest of the shard is lost, and counts as one unreadable sample
+                yield {"__url__": shard, "__key__": "(damaged shard)", "error": error}
+
+    @staticmethod
+    def _decode(raw, key):
+        if "error" in raw:
+            raise raw["error"]
+        image = next((raw[name] for name in SHARD_IMAGES if name in raw), None)
+        if image is None:
+            raise ValueError(f"no picture ({', '.join(SHARD_IMAGES)}) among {sorted(raw)}")
+        entry = json.loads(raw.get("json", "{}"))
+        caption = raw["txt"].decode() if "txt" in raw else entry.get("text") or ""
+        depth = None
+        suffix = next((suffix for suffix in DEPTH_SUFFIXES if f"depth{suffix}" in raw), None)
+        if suffix is not None:
+            with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+                file.write(raw[f"depth{suffix}"])
+                file.flush()
+                depth = DepthFormat.from_metadata(entry).read(file.name)
+        with Image.open(io.BytesIO(image)) as picture:
+            return make_sample(as_rgb(picture), depth, caption, key)
+
+
+class MixtureSource(Source):
+    """Several sources: each block of 1000 indices has their exact shares (rounded to 1/1000), in an order drawn from
+    the seed. Within a source the samples follow one another without a gap.
+
+    Raises ValueError for weights that do not fit the sources or are too small to be drawn.
+    """
+
+    def __init__(self, config: MixtureConfig):
+        weights = np.array(config.weights, dtype=np.float64)
+        if not len(config.sources) or len(weights) != len(config.sources):
+            raise ValueError(f"a mixture of {len(config.sources)} sources cannot have {len(weights)} weights")
+        if not (np.isfinite(weights).all() and (weights > 0).all()):
+            raise ValueError(f"weights {weights.tolist()} must be positive numbers; leave out what is not wanted")
+        edges = np.round(MIXTURE_BLOCK * np.cumsum(weights) / weights.sum()).astype(int)
+        self.counts = tuple(np.diff(edges, prepend=0).tolist())
+        if min(self.counts) == 0:
+            raise ValueError(f"a weight in {weights.tolist()} is below 1/{MIXTURE_BLOCK} of their sum")
+        self.seed = config.seed
+        self.sources = [build_source(source) for source in config.sources]
+
+    def locate(self, index):
+        block, position = divmod(index, MIXTURE_BLOCK)
+        choice = np.repeat(range(len(self.counts)), self.counts)[permutation(MIXTURE_BLOCK, self.seed, block)]
+        k = int(choice[position])
+        return self.sources[k].locate(block * self.counts[k] + int((choice[:position] == k).sum()))
+
+    def leaves(self):
+        return [leaf for source in self.sources for leaf in source.leaves()]
+
+    def size(self, index):
+        leaf, index = self.locate(index)
+        return leaf.size(index)
+
+    def __getitem__(self, index):
+        leaf, index = self.locate(index)
+        return leaf[index]
+
+
+KINDS = {
+    "scenes": (ScenesConfig, ScenesSource),
+    "folder": (FolderConfig, FolderSource),
+    "webdataset": (WebDatasetConfig, WebDatasetSource),
+    "mixture": (MixtureConfig, MixtureSource),
+}
+
+
+def build_source(config) -> Source:
+    """The source of a config, or of a mapping with the fields of one, `kind` among them.
+
+    Raises ValueError for an unknown kind or field, and what the source raises.
+    """
+    if isinstance(config, Mapping):
+        kind = config.get("kind")
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} of a source is none of {', '.join(KINDS)}")
+        try:
+            config = KINDS[kind][0](**config)
+        except TypeError as error:
+            raise ValueError(f"source of kind {kind!r}: {error}") from error
+    return KINDS[config.kind][1](config)
+
+
+@lru_cache(maxsize=64)
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+class Request(NamedTuple):
+    """A sample of a batch: its global index, its index in the source that reads it, and the (height, width) wanted."""
+
+    index: int
+    source_index: int
+    size: tuple[int, int]
+
+
+class BucketBatchSampler:
+    """The requests of one process, step after step without end, from `start_step`.
+
+    Each batch has one size: samples are sorted by `processing_size`, window by window of `config.window` batches. What
+    fills no batch of its own size by the end of the window is batched there with its neighbours in aspect ratio, at
+    the size of the middle one. So every batch is full and each sample comes once. A process takes every
+    `world_size`-th sample of a batch.
+
+    Raises ValueError if the batch cannot be shared equally.
+    """
+
+    def __init__(self, source: Source, config: LoaderConfig, rank: int = 0, world_size: int = 1, start_step: int = 0):
+        if config.batch_size < 1 or config.batch_size % world_size:
+            raise ValueError(f"batch_size {config.batch_size} cannot be shared equally by {world_size} processes")
+        self.source, self.config, self.start_step = source, config, start_step
+        self.rank, self.world_size = rank, world_size
+        self.workers = max(1, config.workers)
+        self.streams = [leaf for leaf in source.leaves() if isinstance(leaf, WebDatasetSource)]
+        for stream in self.streams:
+            stream.split(self.workers * world_size)
+
+    def plan(self, window: int) -> list[tuple[tuple[int, int], list[int]]]:
+        """The batches of a window: size (height, width) and global sample indices."""
+        batch_size, length = self.config.batch_size, self.config.batch_size * self.config.window
+        batches, buckets = [], defaultdict(list)
+        for index in range(window * length, (window + 1) * length):
+            size = processing_size(*self.source.size(index), self.config.pixels, self.config.multiple)
+            buckets[size].append(index)
+            if len(buckets[size]) == batch_size:
+                batches.append((size, buckets.pop(size)))
+        rest = sorted((width / height, index, (height, width)) for (height, width), b in buckets.items() for index in b)
+        for start in range(0, len(rest), batch_size):
+            part = rest[start : start + batch_size]
+            batches.append((part[batch_size // 2][2], [index for _, index, _ in part]))
+        return batches
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        # A stream goes on where the batches before left it, so these are planned again, though not read.
+        first = 0 if self.streams else self.start_step // self.config.window
+        taken = Counter()
+        for window in count(first):
+            for step, (size, batch) in enumerate(self.plan(window), start=window * self.config.window):
+                lane = self.rank * self.workers + step % self.workers
+                requests = []
+                for index in batch[self.rank :: self.world_size]:
+                    leaf, source_index = self.source.locate(index)
+                    if leaf in self.streams:
+                        source_index = taken[leaf, lane] * leaf.step + lane
+                        taken[leaf, lane] += 1
+                    requests.append(Request(index, source_index, size))
+                if step >= self.start_step:
+                    yield requests
+
+
+class _BatchReader:
+    """What the DataLoader's workers run: requests to a batch."""
+
+    def __init__(self, source, config):
+        self.source, self.config = source, config
+
+    @staticmethod
+    def collate(batch):
+        return batch  # made by __getitems__
+
+    def __getitems__(self, requests):
+        report, samples = ReadReport(), [None] * len(requests)
+        positions = defaultdict(list)
+        for position, request in enumerate(requests):
+            positions[self.source.locate(request.index)[0]].append(position)
+        for leaf, places in positions.items():
+            for place, sample in zip(places, leaf.read([requests[p].source_index for p in places], report)):
+                sample = samples[place] = fit(sample, requests[place].size)
+                coin = random.Random(f"{self.config.seed} {requests[place].index}").random()
+                if self.config.flip and coin < 0.5 and not SIDED.search(sample["caption"]):
+                    sample |= {name: sample[name].flip(-1) for name in ("image", "depth")}
+        tensors = {name: torch.stack([sample[name] for sample in samples]) for name in ("image", "depth")}
+        return tensors | {name: [sample[name] for sample in samples] for name in ("caption", "key")}, report
+
+
+class BatchLoader:
+    """The batches of one process, without end: `image` (B, 3, H, W), `depth` (B, 1, H, W), lists `caption` and `key`.
+
+    Batch s of a loader with `start_step` s0 is batch s0 + s of one that starts at 0. `report` counts what was read and
+    lists what could not be. Iterating raises TooManyUnreadableError when that is too much.
+    """
+
+    def __init__(self, source: Source, config: LoaderConfig, rank: int = 0, world_size: int = 1, start_step: int = 0):
+        self.report = ReadReport()
+        self._loader = DataLoader(
+            _BatchReader(source, config),
+            batch_sampler=BucketBatchSampler(source, config, rank, world_size, start_step),
+            num_workers=config.workers,
+            collate_fn=_BatchReader.collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch, report in self._loader:
+            self.report.tried += report.tried
+            self.report.failures += report.failures
+            self.report.check()
+            yield batch
