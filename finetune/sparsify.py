@@ -1,0 +1,97 @@
+"""Masks that thin dense depth as sensors do, to study and to augment training on sparse depth.
+
+Each function takes a depth map (1, H, W) with 0 where depth is missing, the share of its valid pixels to keep, in
+(0, 1], and a CPU generator. It returns a bool mask (1, H, W) that is True at exactly that share of the valid pixels,
+rounded, but at one of them at least; and nowhere else. The generator alone decides the mask. All raise ValueError for
+another density or shape.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+LIDAR_FOV_DEGREES = 60.0  # along the longer side; the shape of the rings, not their number, depends on it
+LINE_SHARE_EXPONENT = 0.6  # the share of rows with a ring is density**0.6: rings are finer along than across
+EDGE_JUMP = 0.2  # of log depth, summed over the neighbourhoods that see it
+BLOB_CELLS = (4, 12)  # noise cells along the longer side
+
+
+def random_points(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """Pixels chosen evenly."""
+    return _keep_lowest(torch.rand(depth.shape, generator=generator), depth, density)
+
+
+def lidar_lines(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """Rings of equal elevation around an upright LiDAR at the camera: equally spaced, shaken a little, with dropouts.
+
+    In the image a ring is a hyperbola, bent away from the horizon.
+    """
+    height, width = depth.shape[-2:]
+    focal = max(height, width) / 2 / math.tan(math.radians(LIDAR_FOV_DEGREES) / 2)
+    y = (torch.arange(height)[:, None] - (height - 1) / 2) / focal
+    x = (torch.arange(width)[None, :] - (width - 1) / 2) / focal
+    elevation = torch.atan2(y, torch.sqrt(x * x + 1))  # (H, W)
+    row = torch.gradient(elevation, dim=0)[0] if height > 1 else torch.ones_like(elevation)  # elevation of one row
+    spacing = (elevation.max() - elevation.min() + row.mean()) / (height * density**LINE_SHARE_EXPONENT)
+
+    phase = torch.rand(1, generator=generator)
+    ring = ((elevation / spacing) + phase).floor().long()
+    ring = ring - ring.min()
+    shake = 0.2 * (torch.rand(int(ring.max()) + 1, generator=generator) - 0.5)[ring] * spacing
+    tremor = 0.2 * row * torch.randn(elevation.shape, generator=generator)
+    offset = ((elevation + shake + tremor) / spacing + phase).remainder(1) - 0.5
+    rows_away = (offset.abs() * spacing / row).round()
+    # Of the pixels on a ring a random part; from beside the rings only if these do not suffice.
+    return _keep_lowest(rows_away[None] + torch.rand(depth.shape, generator=generator), depth, density)
+
+
+def sensor_holes(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """Holes as of an RGB-D camera: along depth edges, beyond a range, and in blobs, as from shiny or dark surfaces.
+
+    Edges go first; how much the other two take is drawn.
+    """
+    valid = depth > 0
+    height, width = depth.shape[-2:]
+    log_depth = torch.where(valid, depth.clamp(min=1e-12).log(), 0.0)
+    farther, nearer = (torch.where(valid, sign * log_depth, -torch.inf)[None] for sign in (1, -1))
+    jump = torch.zeros(depth.shape)
+    for size in (3, 5, 9):  # the closer to an edge the more of these see it
+        local = [F.max_pool2d(x, size, stride=1, padding=size // 2)[0] for x in (farther, nearer)]
+        jump += torch.where(valid, local[0] + local[1], 0.0)
+    blobs = torch.zeros(depth.shape)
+    for cells in BLOB_CELLS:
+        grid = [max(2, round(cells * side / max(height, width))) for side in (height, width)]
+        noise = torch.randn(1, 1, *grid, generator=generator)
+        blobs += F.interpolate(noise, (height, width), mode="bicubic", align_corners=True)[0] / cells**0.5
+
+    weights = [1, *(0.5 + 0.5 * torch.rand(2, generator=generator))]  # edges go first
+    causes = (torch.where(jump > EDGE_JUMP, jump, 0.0), log_depth, blobs)
+    causes = [_rank(cause, valid) * weight for cause, weight in zip(causes, weights)]
+    return _keep_lowest(torch.stack(causes).amax(0), depth, density)
+
+
+def _rank(values, valid):
+    """Each value's place among the valid ones, in [0, 1]; equal values share one."""
+    _, place, number = values[valid].unique(return_inverse=True, return_counts=True)
+    ranks = torch.ones(values.shape)
+    ranks[valid] = (number.cumsum(0)[place] - number[place]).float() / max(1, len(place))
+    return ranks
+
+
+def _keep_lowest(score, depth, density):
+    """True at the valid pixels of the lowest scores, as many as the density says."""
+    if depth.ndim != 3 or depth.shape[0] != 1:
+        raise ValueError(f"depth of shape {tuple(depth.shape)} is no map (1, H, W)")
+    if not 0 < density <= 1:
+        raise ValueError(f"density {density!r} is no share in (0, 1]")
+    mask = torch.zeros(depth.numel(), dtype=torch.bool)
+    valid = (depth > 0).flatten().nonzero()[:, 0]
+    if len(valid):
+        kept = max(1, round(density * len(valid)))
+        mask[valid[score.flatten()[valid].argsort(stable=True)[:kept]]] = True
+    return mask.view(depth.shape)
+
+
+SPARSIFIERS = {"random": random_points, "lidar": lidar_lines, "holes": sensor_holes}

@@ -1,0 +1,76 @@
+"""Sparsifiers: exact densities, determinism, and the structure that their names promise."""
+
+import pytest
+import torch
+
+from finetune.scenes import render_scenes
+from finetune.sparsify import SPARSIFIERS, lidar_lines, sensor_holes
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def depth() -> torch.Tensor:
+    """(1, 96, 128) of an open scene: objects on ground, the sky missing."""
+    depth = render_scenes([5], height=96, width=128).depth[0]
+    return torch.where(depth.isfinite(), depth, 0.0)
+
+
+@pytest.mark.parametrize("name", SPARSIFIERS)
+@pytest.mark.parametrize("density", [0.005, 0.03, 0.2, 0.5, 0.9, 1.0])
+def test_density_is_hit_on_valid_pixels_only(depth, name, density):
+    mask = SPARSIFIERS[name](depth, density, generator())
+    assert mask.dtype == torch.bool
+    assert mask.shape == depth.shape
+    assert not mask[depth == 0].any()
+    assert abs(int(mask.sum()) - density * int((depth > 0).sum())) <= 1
+
+
+@pytest.mark.parametrize("name", SPARSIFIERS)
+def test_generator_decides(depth, name):
+    first, again, other = (SPARSIFIERS[name](depth, 0.1, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", SPARSIFIERS)
+def test_edge_cases(name):
+    assert not SPARSIFIERS[name](torch.zeros(1, 8, 8), 0.5, generator()).any()
+    assert SPARSIFIERS[name](torch.ones(1, 1, 9), 0.001, generator()).sum() == 1
+    for density in (0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="density"):
+            SPARSIFIERS[name](torch.ones(1, 8, 8), density, generator())
+    with pytest.raises(ValueError, match="shape"):
+        SPARSIFIERS[name](torch.ones(2, 8, 8), 0.5, generator())
+
+
+def test_lidar_points_lie_on_few_lines():
+    mask = lidar_lines(torch.ones(1, 120, 160), 0.05, generator())[0]
+    middle = mask[:, 70:90].any(1)  # near the middle column the rings are level
+    assert 10 < middle.sum() < 60
+    assert mask[:, 70:90].sum() > 1.5 * middle.sum()
+
+
+def test_rings_bend_away_from_the_horizon():
+    """Equal elevation is y = tan(e) sqrt(x^2 + 1): sorted by it the points fall into rings, sorted by y they do not."""
+    for seed in range(5):
+        rows, columns = lidar_lines(torch.ones(1, 200, 200), 0.01, generator(seed))[0].nonzero(as_tuple=True)
+        focal = 100 / torch.tensor(30.0).deg2rad().tan()
+        y, x = (rows - 99.5) / focal, (columns - 99.5) / focal
+        gaps = [(v.sort().values.diff() > 7 / focal).sum() for v in (torch.atan2(y, (x * x + 1).sqrt()), y)]
+        assert gaps[0] > 8
+        assert gaps[1] < gaps[0]
+
+
+def test_holes_take_edges_far_points_and_blobs(depth):
+    mask = sensor_holes(depth, 0.7, generator())
+    near, far = (depth[(depth > 0) & kept].median() for kept in (mask, ~mask))
+    assert far > near
+    step = torch.ones(1, 64, 64)
+    step[..., 32:] = 2
+    mask = sensor_holes(step, 0.9, generator())
+    assert not mask[..., 31:33].any()
+    changes = mask[..., 1:].ne(mask[..., :-1]).float().mean()
+    assert changes < 0.1  # blobs, not points
