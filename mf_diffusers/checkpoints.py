@@ -48,6 +48,10 @@ def load_pipeline(model, device, dtype, text_encoder=None, lora=None, offload="n
             index = Path(hf_hub_download(model, "model_index.json", **hub))
         except errors.RemoteEntryNotFoundError:
             pass  # a repository in the published layout
+        except errors.GatedRepoError as error:
+            raise PermissionError(
+                f"--model {model} is gated: accept its terms on the Hub and log in ({error})"
+            ) from error
         except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
             raise FileNotFoundError(f"--model {model}: no such folder, nor such a repository on the Hub") from error
         except errors.LocalEntryNotFoundError as error:

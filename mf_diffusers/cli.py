@@ -89,6 +89,7 @@ Output = Annotated[Path, option("--output", "-o", panel="Result", help="Folder f
 Overwrite = Annotated[bool, option("--overwrite", panel="Result", help="Replace; default: write NAME-002 beside NAME.")]
 Fov = Annotated[float, option(min=1, max=179, panel="Result", help="Degrees that the longer side of the points spans.")]
 Exr = Annotated[bool, option("--exr", panel="Result", help="Write depth.exr too.")]
+Points = Annotated[bool, option("--points/--no-points", panel="Result", help="Write points.ply and points.glb.")]
 Device = Annotated[str, option(panel="Machine", help="auto (cuda, else mps, else cpu) or a torch device.")]
 Dtype = Annotated[str, option(panel="Machine", **DTYPES, help="auto: bfloat16 on cuda, else float32.")]
 Offload = Annotated[
@@ -118,6 +119,7 @@ def generate(
     overwrite: Overwrite = False,
     fov: Fov = 55.0,
     exr: Exr = False,
+    points: Points = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = "none",
@@ -154,6 +156,7 @@ def depth(
     overwrite: Overwrite = False,
     fov: Fov = 55.0,
     exr: Exr = False,
+    points: Points = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = "none",
@@ -202,6 +205,7 @@ def image(
     overwrite: Overwrite = False,
     fov: Fov = 55.0,
     exr: Exr = False,
+    points: Points = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = "none",
@@ -210,7 +214,7 @@ def image(
 ):
     """Make images of depth maps: larger is farther (unless --inverse), 0 is missing.
 
-    mf-diffusers image outputs/photo/depth.npy --prompt "the same street in snow" --model MODEL
+    mf-diffusers image outputs/photo/depth.png --prompt "the same street in snow" --model MODEL
     """
     settings = locals()
 
@@ -404,6 +408,7 @@ def run(command, settings, sources, given):
                         uncertainty=None if made.depth_uncertainty is None else made.depth_uncertainty[0],
                         fov_degrees=settings["fov"],
                         exr=settings["exr"],
+                        points=settings["points"],
                     )
                     written.append(place_result(folder, output, name, settings["overwrite"], written))
                 if not quiet:

@@ -71,12 +71,14 @@ def place_result(folder, output, name, overwrite=False, written=()):
                     raise
 
 
-def write_result(folder, image, depth, metadata, mask=None, uncertainty=None, fov_degrees=FOV_DEGREES, exr=False):
+def write_result(
+    folder, image, depth, metadata, mask=None, uncertainty=None, fov_degrees=FOV_DEGREES, exr=False, points=True
+):
     """Write the files of a result into `folder`.
 
-    image.png; depth.npy, the depth as it is; depth.png (16 bits), depth_colored.png, points.ply, points.glb and with
-    `exr` depth.exr, all without the pixels that have no valid depth; mask.png where there are such pixels;
-    uncertainty.npy and uncertainty.png where there is one; metadata.json.
+    image.png; depth.npy, the depth as it is; depth.png (16 bits), depth_colored.png, with `points` points.ply and
+    points.glb, and with `exr` depth.exr, all without the pixels that have no valid depth; mask.png where there are any
+    such; uncertainty.npy and uncertainty.png where there is one; metadata.json.
 
     Args:
         image: RGB `PIL.Image`.
@@ -101,7 +103,8 @@ def write_result(folder, image, depth, metadata, mask=None, uncertainty=None, fo
     if uncertainty is not None:
         np.save(folder / "uncertainty.npy", uncertainty.astype(np.float32))
         Image.fromarray(colorize_error(uncertainty, valid)).save(folder / "uncertainty.png")
-    for name, build, save in (("points.ply", point_cloud, save_ply), ("points.glb", mesh, save_glb)):
+    geometries = (("points.ply", point_cloud, save_ply), ("points.glb", mesh, save_glb)) if points else ()
+    for name, build, save in geometries:
         try:
             geometry = build(depth, image, fov_degrees=fov_degrees)
         except ValueError as error:

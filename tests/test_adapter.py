@@ -61,8 +61,21 @@ def test_a_base_with_its_adapter_is_the_trained_model(tmp_path, lora, merge):
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     save_adapter(trained(lora=True), tmp_path / "adapter.safetensors", base="tiny")
-    with pytest.raises(ValueError, match="was trained on tiny, whose architecture is not that"):
+    with pytest.raises(ValueError, match="was trained on tiny, which is not the base"):
         load_adapter(graft(num_single_layers=3), tmp_path / "adapter.safetensors")
+
+
+def test_an_adapter_of_a_base_with_other_weights_is_refused(tmp_path):
+    save_adapter(trained(lora=True), tmp_path / "adapter.safetensors", base="tiny")
+    with pytest.raises(ValueError, match="was trained on tiny, which is not the base"):
+        load_adapter(graft(seed=1), tmp_path / "adapter.safetensors")
+
+
+def test_a_lora_on_depth_modules_is_refused(tmp_path):
+    model = graft()
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["depth_q_proj"]))
+    with pytest.raises(ValueError, match="depth modules train whole"):
+        save_adapter(model, tmp_path / "adapter.safetensors", base="tiny")
 
 
 def test_other_files_are_refused(tmp_path):
@@ -75,6 +88,7 @@ def test_other_files_are_refused(tmp_path):
 
 def test_another_number_of_decoder_layers(tmp_path):
     save_adapter(trained(lora=False), tmp_path / "adapter.safetensors", base="tiny")
+    torch.manual_seed(0)
     base = Flux2Transformer2DModel(**BASE)
     deeper = ModalityForcingFlux2Transformer2DModel.from_base(base, depth_channels=16, num_depth_decoder_layers=2)
     with pytest.raises(ValueError, match=r"for one depth_decoder_blocks\.1"):

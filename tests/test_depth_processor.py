@@ -110,11 +110,66 @@ def test_save_and_load(processor, tmp_path):
         ("depth.png", "got <class 'str'>"),
         ([torch.ones(8, 8), torch.ones(8, 12)], "share one size"),
         (torch.ones(9, 8), "multiples of 4"),
+        (np.ones((8, 12, 3)), "must have shape"),
+        (np.ones((8, 12), dtype=bool), "a mask goes into"),
+        (np.ones((8, 12), dtype=complex), "numeric array"),
+        ([], "holds no depth map"),
     ],
 )
 def test_bad_input(processor, depth, message):
     with pytest.raises(ValueError, match=message):
         processor.preprocess(depth)
+
+
+def test_arrays_of_every_kind(processor):
+    depth = np.random.default_rng(0).integers(1, 1000, (2, 8, 12))
+    expected = torch.from_numpy(depth).float()[:, None]
+    for array in (
+        depth.astype(np.uint16),
+        depth.astype(">f4"),
+        depth[..., None],
+        depth.astype(np.float64),
+        list(depth),
+    ):
+        assert torch.equal(processor.to_tensor(array), expected)
+    assert torch.equal(processor.to_tensor(depth[0, ..., None]), expected[:1])
+    masked = np.ma.masked_array(depth[0].astype(np.float32), mask=depth[0] > 500)
+    assert torch.equal(processor.preprocess(masked)[1][0, 0], torch.from_numpy(depth[0] <= 500))
+
+
+def test_masks_of_every_kind(processor):
+    mask = np.random.default_rng(0).random((8, 12)) > 0.5
+    expected = torch.from_numpy(mask)[None, None]
+    for one in (
+        mask,
+        mask.astype(np.uint16),
+        255 * mask.astype(np.uint8),
+        mask[None, ..., None],
+        torch.from_numpy(mask),
+    ):
+        assert torch.equal(processor.mask_to_tensor(one), expected)
+    # One mask serves every map of a batch.
+    _, valid, _ = processor.preprocess(torch.ones(3, 1, 8, 12), mask)
+    assert torch.equal(valid, expected.expand(3, -1, -1, -1))
+
+
+def test_units_do_not_overflow(processor):
+    depth = random_depth(8, 8)
+    tokens, _, scale = processor.preprocess(depth)
+    huge, _, huge_scale = processor.preprocess(depth * 1e37)
+    assert torch.allclose(huge, tokens, atol=1e-5) and torch.isclose(huge_scale / 1e37, scale)
+
+
+def test_prediction_with_sky_feeds_back_through_its_mask(processor):
+    tokens = processor.preprocess(random_depth(8, 8))[0]
+    sky = processor.patchify(
+        torch.cat([torch.full((1, 1, 2, 8), 2.5), processor.unpatchify(tokens, 8, 8)[:, :, 2:]], dim=2)
+    )
+    depth, valid = processor.postprocess(sky, 8, 8)
+    again, again_valid, _ = processor.preprocess(depth, valid, generator=torch.manual_seed(0))
+    assert torch.equal(again_valid, valid) and not valid[:, :, :2].any()
+    foreground = processor.unpatchify(again, 8, 8)[valid]
+    assert 0.3 < foreground.mean() < 1.5
 
 
 def test_tokens_that_do_not_fit(processor):

@@ -17,6 +17,14 @@ def test_median_of_aligned_samples_recovers_the_depth():
     assert 0.005 < uncertainty.mean() < 0.03
 
 
+def test_even_ensembles_are_unbiased_and_two_samples_have_uncertainty():
+    noise = 0.1 * torch.randn(10, 1, 1, 200, 200, generator=torch.Generator().manual_seed(0))
+    for size in (2, 4, 10):
+        median, _, uncertainty = ensemble_depth(noise[:size].exp(), torch.ones(size, 1, 1, 200, 200, dtype=torch.bool))
+        assert median.log().mean().abs() < 2e-3
+        assert 0.03 < uncertainty.mean() < 0.1
+
+
 def test_equal_samples_are_certain():
     depth = torch.rand(1, 1, 8, 8) + 1
     median, _, uncertainty = ensemble_depth(depth.expand(4, 1, 1, 8, 8), torch.ones(4, 1, 1, 8, 8, dtype=torch.bool))

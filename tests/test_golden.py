@@ -93,6 +93,7 @@ def test_rollout(golden_a, pipe, case):
     def walk(times):
         return pipe.prepare_scheduler(FlowMatchEulerDiscreteScheduler(shift=1.0), times[:-1], "cpu")
 
+    pipe._guidance_scale = settings["cfg_scale"]
     uncond = golden.get("null_text_embed")
     latents, depth_latents = pipe.denoise(
         golden["clean_rgb"] if case == "i2d" else golden["noise_rgb"],
@@ -100,11 +101,9 @@ def test_rollout(golden_a, pipe, case):
         None if case == "i2d" else walk(golden["t_rgb"]),
         None if case == "d2i" else walk(golden["t_depth"]),
         golden["ctx"],
-        text_ids=position_ids(length=7),
         latent_ids=position_ids(rows=4, columns=4),
         depth_ids=position_ids(time=1, rows=4, columns=4),
         negative_prompt_embeds=None if uncond is None else uncond.expand(2, -1, -1),
-        guidance_scale=settings["cfg_scale"],
     )
     assert max_error(latents, golden["out_rgb"]) <= 1e-3
     assert max_error(depth_latents, golden["out_depth"]) <= 1e-3
@@ -194,5 +193,11 @@ def test_published_pipeline(golden_a, tmp_path, monkeypatch):
     from_folder = ModalityForcingPipeline.from_published(golden_a, tmp_path)
     assert from_folder.transformer.dtype == from_folder.vae.dtype == from_folder.text_encoder.dtype == torch.bfloat16
     assert from_folder.transformer.depth_head.proj_out.weight.dtype == torch.float32
+    without = ModalityForcingPipeline.from_published(golden_a, text_encoder=None)
+    assert without.text_encoder is None and without.vae.bn.running_mean.dtype == torch.float32
+    with pytest.raises(TypeError, match="torch_dtype"):
+        ModalityForcingPipeline.from_published(golden_a, torch_dtype=torch.float32)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        ModalityForcingPipeline.from_published(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="No known text encoder makes features of width 96"):
         ModalityForcingPipeline.from_published(golden_a)

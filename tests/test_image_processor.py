@@ -16,8 +16,19 @@ def test_processing_size_keeps_the_aspect_ratio_and_the_budget(size):
     assert abs(height - scale * size[0]) <= 8 and abs(width - scale * size[1]) <= 8
 
 
-def test_processing_size_of_a_line():
-    assert processing_size(1, 5000, pixels=512 * 512) == (16, 36208)
+def test_a_line_is_too_thin():
+    assert processing_size(1, 1000, pixels=512 * 512) == (16, 16192)
+    with pytest.raises(ValueError, match=r"1x5000 .* is too long and thin"):
+        processing_size(1, 5000, pixels=512 * 512)
+
+
+def test_arrays_of_every_kind():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    expected = torch.from_numpy(pixels / 255.0).float().movedim(-1, 0)[None]
+    flipped = pixels[..., ::-1].copy()[..., ::-1]
+    for array in (pixels, flipped, pixels.astype(np.uint16) * 257, pixels / 255, (pixels / 255).astype(np.float16)):
+        assert torch.allclose(image_to_tensor(array), expected, atol=1e-3)
+    assert image_to_tensor(np.full((4, 6, 3), 1 + 1e-6)).max() == 1
 
 
 def test_a_rotated_photograph_is_upright():

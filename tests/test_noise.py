@@ -59,6 +59,8 @@ def test_shift_is_the_schedulers_shift():
         scheduler.set_timesteps(sigmas=t.numpy())
         assert torch.allclose(scheduler.sigmas[:-1], shift_timestep(t.double(), 2.0**log2_alpha).float(), atol=2e-6)
     assert shift_timestep(torch.tensor([0.0, 1.0]), 32.0).tolist() == [0.0, 1.0]
+    for log2_alpha in (-1000, -60, 60, 1000):
+        assert torch.isfinite(shift_timestep(t.double(), 2.0**log2_alpha)).all()
     there_and_back = shift_timestep(shift_timestep(t.double(), 32.0), 1 / 32)
     assert torch.allclose(there_and_back, t.double(), atol=1e-12)
 

@@ -7,12 +7,14 @@ import PIL.Image
 import pytest
 import torch
 from conftest import make_pipeline
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.callbacks import PipelineCallback
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers import DepthProcessor, ModalityForcingPipeline
+from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import shift_timestep
 
 
@@ -62,7 +64,7 @@ def test_image_to_depth_has_the_size_of_the_image():
     assert output.depth.shape == (1, 375, 1242)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (33, 47), (200, 16)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (33, 47), (200, 16)])
 def test_any_size_and_aspect_ratio(pipe, size):
     assert call(pipe, image=np.ones((*size, 3), np.float32)).depth.shape == (1, *size)
     assert call(pipe, "x", depth=np.ones(size, np.float32)).images.shape == (1, *size, 3)
@@ -146,6 +148,40 @@ def test_refinement_is_image_to_depth_of_the_result(pipe):
     refined = call(pipe, "a cat", num_refinement_steps=3)
     assert np.array_equal(plain.images, refined.images)
     assert not np.array_equal(plain.depth, refined.depth)
+    # The same as image -> depth from the generated latents and the noise that was next.
+    generator = seeded()
+    for shape in ((1, 16, 8, 8), (1, 1, 32, 32)):
+        torch.randn(shape, generator=generator)
+    noise = pipe.depth_processor.patchify(torch.randn(1, 1, 32, 32, generator=generator))
+    tokens = []
+    call(pipe, "a cat", callback_on_step_end=lambda p, i, t, tensors: tokens.append(tensors["latents"]))
+    _, depth = pipe.denoise(
+        tokens[-1],
+        noise,
+        None,
+        pipe.prepare_scheduler(pipe.depth_scheduler, [1, 2 / 3, 1 / 3], "cpu"),
+        pipe.encode_prompt("a cat")[0].detach(),
+        position_ids(rows=8, columns=8),
+        position_ids(time=1, rows=8, columns=8),
+    )
+    expected, _ = pipe.depth_processor.postprocess(depth.detach(), 32, 32)
+    assert np.allclose(refined.depth[0], expected[0, 0].numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_holes_in_loose_depth_are_unit_noise_at_every_level(pipe):
+    holes = np.zeros(DEPTH.shape, bool)
+    holes[:, :36] = True
+    stds = []
+    forward = pipe.transformer.forward
+
+    def record(*args, **kwargs):
+        noisy = pipe.depth_processor.unpatchify(kwargs["depth_hidden_states"], 24, 44)
+        stds.append(noisy[..., :20].std().item())
+        return forward(*args, **kwargs)
+
+    pipe.transformer.forward = record
+    call(pipe, "a cat", depth=np.where(holes, 0, DEPTH), log2_alpha=0.0, num_inference_steps=6, guidance_scale=1.0)
+    assert len(stds) == 6 and max(stds) - min(stds) < 1e-6 and 0.9 < stds[0] < 1.1
 
 
 def test_ensemble(pipe):
@@ -226,10 +262,37 @@ def test_callback(pipe):
 def test_interrupt(pipe):
     def stop(pipe, step, timestep, tensors):
         pipe._interrupt = True
-        return {}
 
     stopped = call(pipe, "a cat", num_inference_steps=4, callback_on_step_end=stop)
     assert not np.array_equal(stopped.images, call(pipe, "a cat", num_inference_steps=4).images)
+    # What is there already is kept: neither refinement nor further samples turn it into noise.
+    refined = call(pipe, "a cat", num_inference_steps=4, num_refinement_steps=3, callback_on_step_end=stop)
+    assert np.array_equal(refined.images, stopped.images) and np.array_equal(refined.depth, stopped.depth)
+    one = call(pipe, image=IMAGE, callback_on_step_end=stop)
+    assert np.array_equal(call(pipe, image=IMAGE, ensemble_size=4, callback_on_step_end=stop).depth, one.depth)
+
+
+def test_guidance_can_be_switched_off_on_the_way(pipe):
+    def cutoff(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0
+
+    assert not np.array_equal(call(pipe, "a cat", callback_on_step_end=cutoff).images, call(pipe, "a cat").images)
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    call(pipe, "a cat", num_inference_steps=4, callback_on_step_end=cutoff)
+    assert len(calls) == 2 + 3
+
+
+def test_diffusers_callbacks(pipe):
+    class Zero(PipelineCallback):
+        tensor_inputs = ["depth_latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"depth_latents": torch.zeros_like(callback_kwargs["depth_latents"])}
+
+    assert not call(
+        pipe, "a cat", output_type="latent", callback_on_step_end=Zero(cutoff_step_ratio=None, cutoff_step_index=0)
+    ).depth.any()
 
 
 def test_progress_bar_counts_every_pass(pipe, capfd):
@@ -277,9 +340,42 @@ def test_inputs_of_every_kind(pipe):
 # Repairs, each of them documented
 
 
-def test_sizes_that_are_no_multiple_of_a_token_are_rounded(pipe, caplog):
+def test_sizes_that_are_no_multiple_of_a_token_are_rounded(pipe, monkeypatch):
+    messages = []
+    monkeypatch.setattr("mf_diffusers.modality_forcing.pipeline.logger.warning", messages.append)
     assert call(pipe, "a cat", height=30, width=33).images.shape == (1, 30, 33, 3)
+    assert messages == ["30x33 is not a multiple of 4: working at 32x32."]
     assert call(pipe, image=IMAGE, height=20).depth.shape == (1, 40, 72)
+    assert len(messages) == 1
+
+
+def test_prompt_embeds_of_another_length(pipe):
+    short = torch.randn(1, 7, 48, generator=seeded())
+    assert call(pipe, prompt_embeds=short).images.shape == (1, 32, 32, 3)
+
+
+def test_casting_the_pipeline_keeps_the_depth_head(pipe):
+    head = pipe.transformer.depth_head.proj_out.weight.clone()
+    pipe.to(torch.bfloat16)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert torch.equal(pipe.transformer.depth_head.proj_out.weight, head)
+    assert call(pipe, "a cat").depth.dtype == np.float32
+
+
+def test_float16_is_refused(pipe):
+    pipe.transformer.to(torch.float16)
+    with pytest.raises(ValueError, match="overflows in float16"):
+        call(pipe, "a cat")
+
+
+def test_components_that_do_not_fit(pipe):
+    klein_scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="static shift"):
+        call(ModalityForcingPipeline(**pipe.components | {"scheduler": klein_scheduler}), "a cat")
+    with pytest.raises(ValueError, match="patches are 8 pixels wide, the VAE's tokens 4"):
+        call(ModalityForcingPipeline(**pipe.components | {"depth_processor": DepthProcessor(patch_size=8)}), "a cat")
+    with pytest.raises(ValueError, match="guidance-distilled"):
+        call(make_pipeline(guidance_embeds=True), "a cat")
 
 
 def test_long_prompts_are_cut(pipe):
@@ -321,7 +417,35 @@ def test_long_prompts_are_cut(pipe):
         ({"prompt": "x", "callback_on_step_end_tensor_inputs": ["noise"]}, "known are"),
         ({"prompt": ["x", "y"], "image": np.stack([IMAGE] * 3)}, "2 prompts do not go with 3 inputs"),
         ({"prompt": "x", "generator": [seeded(), seeded()]}, "2 generators do not go with 1 results"),
-        ({"prompt": "x", "height": -16}, "must be positive"),
+        ({"prompt": "x", "height": -16}, "`height` must be an integer of at least 1, got -16"),
+        ({"image": IMAGE, "width": 0}, "`width` must be an integer of at least 1, got 0"),
+        ({"prompt": "x", "height": "32"}, "got '32'"),
+        ({"prompt": "x", "num_inference_steps": True}, "got True"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "`guidance_scale` must be a number from 0"),
+        ({"prompt": "x", "guidance_scale": "4"}, "got '4'"),
+        ({"prompt": "x", "log2_alpha": -55}, "`log2_alpha` must be a number from -30 to 30, got -55"),
+        ({"prompt": "x", "sigmas": []}, "must fall from at most 1 to above 0"),
+        ({"prompt": "x", "sigmas": [0.5, 0.9]}, "must fall"),
+        ({"prompt": "x", "sigmas": [float("nan")]}, "must fall"),
+        ({"prompt": "x", "generator": 0}, "torch.Generator or a list of them, got 0"),
+        ({"prompt_embeds": torch.zeros(1, 64, 40)}, r"shape \(B, L, 48\), got \(1, 64, 40\)"),
+        ({"prompt_embeds": [1.0]}, r"shape \(B, L, 48\), got <class 'list'>"),
+        (
+            {"prompt_embeds": torch.zeros(3, 64, 48), "negative_prompt_embeds": torch.zeros(2, 64, 48)},
+            "do not go with 3",
+        ),
+        (
+            {"prompt": "x", "latents": torch.full((1, 16, 8, 8), torch.nan)},
+            "`latents` must be a tensor of finite values",
+        ),
+        ({"prompt": "x", "latents": np.zeros((1, 16, 8, 8))}, "`latents` must be a tensor"),
+        ({"image": np.ones((1, 5000, 3), np.float32)}, "too long and thin"),
+        ({"image": IMAGE[..., 0]}, "unsigned integers"),
+        ({"image": np.full((4, 4, 3), "x")}, "unsigned integers"),
+        ({"image": []}, "holds no image"),
+        ({"image": 2 * IMAGE - 1}, "or map"),
+        ({"prompt": "x", "depth": IMAGE}, "must have shape"),
+        ({"prompt": "x", "depth": DEPTH, "depth_mask": "mask.png"}, "A depth mask must be"),
         ({"prompt": "x", "latents": torch.zeros(1, 3, 8, 8)}, r"must have shape \(1, 16, 8, 8\)"),
         ({"image": IMAGE[..., :2]}, "3 channels"),
         ({"image": IMAGE[:0]}, "at least one pixel"),

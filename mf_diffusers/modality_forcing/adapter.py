@@ -19,10 +19,14 @@ LORA_TARGET_MODULES = (
 )
 
 
-def base_config_hash(transformer: ModalityForcingFlux2Transformer2DModel) -> str:
-    """A hash of the part of the config that is the base's."""
+def base_hash(transformer: ModalityForcingFlux2Transformer2DModel) -> str:
+    """A hash of the base: its part of the config and one of its weights, which tells it from its distilled twin."""
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_") and "depth" not in k}
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+    to_q = transformer.transformer_blocks[0].attn.to_q
+    weight = getattr(to_q, "base_layer", to_q).weight
+    digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_adapter(transformer: ModalityForcingFlux2Transformer2DModel, path: str | Path, base: str) -> None:
@@ -33,10 +37,15 @@ def save_adapter(transformer: ModalityForcingFlux2Transformer2DModel, path: str 
         base: name of the base, for people: a Hub repository or folder.
 
     Raises:
-        ValueError: the LoRA's alpha is not its rank.
+        ValueError: the LoRA's alpha is not its rank, or it adapts the depth modules too.
     """
     tensors = {name: tensor for name, tensor in transformer.state_dict().items() if "depth" in name}
-    metadata = {"base": base, "base_config_sha256": base_config_hash(transformer)}
+    adapted = [name for name in tensors if "lora_" in name]
+    if adapted:
+        raise ValueError(
+            f"A LoRA goes on the trunk (LORA_TARGET_MODULES), but there is {adapted[0]}: depth modules train whole."
+        )
+    metadata = {"base": base, "base_sha256": base_hash(transformer)}
     if getattr(transformer, "peft_config", None):
         lora = get_peft_model_state_dict(transformer)
         tensors |= {f"transformer.{name}": tensor for name, tensor in lora.items()}
@@ -62,11 +71,11 @@ def load_adapter(transformer: ModalityForcingFlux2Transformer2DModel, path: str 
     tensors = load_safetensors(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    if "base_config_sha256" not in metadata:
+    if "base_sha256" not in metadata:
         raise ValueError(f"{path} is no adapter: it does not name the base that it was trained on.")
-    if metadata["base_config_sha256"] != base_config_hash(transformer):
+    if metadata["base_sha256"] != base_hash(transformer):
         raise ValueError(
-            f"{path} was trained on {metadata['base']}, whose architecture is not that of this transformer: graft onto "
+            f"{path} was trained on {metadata['base']}, which is not the base of this transformer: graft onto "
             f"{metadata['base']}."
         )
     lora = {name: tensor for name, tensor in tensors.items() if name.startswith("transformer.")}

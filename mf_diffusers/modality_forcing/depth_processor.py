@@ -65,8 +65,9 @@ class DepthProcessor(ConfigMixin):
         """
         Args:
             depth: a map or a batch of maps in any positive unit. `torch.Tensor` of shape (H, W), (B, H, W) or
-                (B, 1, H, W); `np.ndarray` of shape (H, W), (B, H, W) or (B, H, W, 1); `PIL.Image.Image` with one
-                channel (modes "I;16", "I", "F", "L"); or a list of these, all of one size.
+                (B, 1, H, W); `np.ndarray` of these shapes, (H, W, 1) or (B, H, W, 1), where the masked pixels of a
+                masked array are missing; `PIL.Image.Image` with one channel (modes "I;16", "I", "F", "L"); or a list
+                of these, all of one size.
 
         Returns:
             `torch.Tensor` of shape (B, 1, H, W), float32.
@@ -74,43 +75,18 @@ class DepthProcessor(ConfigMixin):
         Raises:
             ValueError: a shape or kind that is not in the list, an empty map, or maps of different sizes.
         """
-        if isinstance(depth, (list, tuple)):
-            maps = [self.to_tensor(one) for one in depth]
-            sizes = {tuple(one.shape[-2:]) for one in maps}
-            if len(sizes) != 1:
-                raise ValueError(f"The depth maps of a batch must share one size, got {sorted(sizes)} (H, W).")
-            return torch.cat(maps)
-        if isinstance(depth, PIL.Image.Image):
-            if len(depth.getbands()) != 1 or depth.mode == "P":
-                raise ValueError(
-                    f"A depth map has one channel, but this picture has mode {depth.mode!r}. A coloured depth picture "
-                    "carries no depth values: give the raw depth (16-bit PNG, EXR, npy) instead."
-                )
-            depth = np.array(depth)
-        if getattr(depth, "dtype", None) in (np.uint8, torch.uint8):
+        if isinstance(depth, np.ma.MaskedArray):
+            depth = depth.astype(np.float32).filled(np.nan)
+        maps = _as_batch(depth, "depth map")
+        if maps.dtype == torch.bool or maps.is_complex():
+            raise ValueError(f"A depth map holds numbers, not {maps.dtype}; a mask goes into `depth_mask`.")
+        if maps.dtype == torch.uint8:
             logger.warning("The depth map has 8 bits, so at most 256 levels: expect visible steps in the geometry.")
-        if isinstance(depth, np.ndarray):
-            depth = torch.from_numpy(np.ascontiguousarray(depth, dtype=np.float32))
-            if depth.ndim == 4 and depth.shape[-1] == 1:
-                depth = depth.permute(0, 3, 1, 2)
-        if not isinstance(depth, torch.Tensor):
-            raise ValueError(
-                f"Depth must be a torch.Tensor, np.ndarray, PIL image or a list of these, got {type(depth)}."
-            )
-        if depth.ndim == 2:
-            depth = depth[None]
-        if depth.ndim == 3:
-            depth = depth[:, None]
-        if depth.ndim != 4 or depth.shape[1] != 1 or depth.numel() == 0:
-            raise ValueError(
-                f"Depth must have shape (H, W), (B, H, W) or (B, 1, H, W) and a pixel, got {tuple(depth.shape)}."
-            )
-        return depth.float()
+        return maps.float()
 
     def mask_to_tensor(self, mask) -> torch.Tensor:
         """As [`to_tensor`], for validity masks: (B, 1, H, W), bool, True where not zero."""
-        mask = mask if isinstance(mask, torch.Tensor) else torch.from_numpy(np.array(mask))
-        return self.to_tensor(mask > 0).bool()
+        return _as_batch(mask, "depth mask") != 0
 
     def normalize(
         self, depth: torch.Tensor, mask: torch.Tensor | None = None
@@ -129,7 +105,10 @@ class DepthProcessor(ConfigMixin):
             valid = valid & mask.bool()
         depth = torch.where(valid, depth, 0.0)
         count = valid.sum(dim=(1, 2, 3))
-        scale = torch.where(count > 0, depth.sum(dim=(1, 2, 3)) / count.clamp(min=1), 1.0)
+        # The mean of depth relative to its peak, so that no unit overflows float32.
+        peak = depth.amax(dim=(1, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+        mean = peak * ((depth / peak.view(-1, 1, 1, 1)).sum(dim=(1, 2, 3)) / count.clamp(min=1))
+        scale = torch.where(count > 0, mean, 1.0)
         return contract(depth / scale.view(-1, 1, 1, 1)), valid, scale
 
     def preprocess(
@@ -155,8 +134,8 @@ class DepthProcessor(ConfigMixin):
         """
         depth = self.to_tensor(depth)
         if mask is not None:
-            mask = self.mask_to_tensor(mask)
-            if mask.shape != depth.shape:
+            mask = self.mask_to_tensor(mask).to(depth.device)
+            if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
                 raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
         contracted, valid, scale = self.normalize(depth, mask)
         size = (height or depth.shape[-2], width or depth.shape[-1])
@@ -175,19 +154,30 @@ class DepthProcessor(ConfigMixin):
         Args:
             tokens (`torch.Tensor` of shape (B, N, p*p)): clean depth tokens.
             height, width (`int`): size of the token grid in pixels.
-            output_size (`tuple[int, int]`, *optional*): (height, width) to return, resampled bilinearly in contracted
-                depth, where even infinity is finite.
+            output_size (`tuple[int, int]`, *optional*): (height, width) to return; see [`resize`].
 
         Returns:
-            Relative depth (B, 1, H, W), float32 in [near, far], larger is farther, about 1 in the mean; and its
-            validity (B, 1, H, W), bool: False where the tokens say nearer than `near` or farther than `far`.
+            Relative depth (B, 1, H, W), float32 in [near, far], larger is farther; and its validity (B, 1, H, W), bool:
+            False where the tokens say nearer than `near` or farther than `far`.
         """
         contracted = self.unpatchify(tokens.float(), height, width)
-        if output_size is not None and output_size != (height, width):
-            contracted = F.interpolate(contracted, output_size, mode="bilinear", antialias=True, align_corners=False)
         near, far = self.config.near, 2 - 1 / self.config.far
         valid = (contracted >= near) & (contracted <= far)
-        return uncontract(torch.nan_to_num(contracted, nan=near).clamp(near, far)), valid
+        depth = uncontract(torch.nan_to_num(contracted, nan=near).clamp(near, far))
+        return (depth, valid) if output_size is None else self.resize(depth, valid, output_size)
+
+    def resize(
+        self, depth: torch.Tensor, valid: torch.Tensor, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Relative depth and validity (B, 1, H, W) at another (height, width): depth bilinearly in contracted depth, where
+        even far pixels weigh no more than others; validity by the majority.
+        """
+        if tuple(depth.shape[-2:]) == tuple(size):
+            return depth, valid
+        contracted = F.interpolate(contract(depth), size, mode="bilinear", antialias=True, align_corners=False)
+        share = F.interpolate(valid.float(), size, mode="bilinear", antialias=True, align_corners=False)
+        return uncontract(contracted.clamp(self.config.near, 2 - 1 / self.config.far)), share >= 0.5
 
     def patchify(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, 1, H, W) -> (B, N, p*p): row-major over the patches and within each."""
@@ -207,3 +197,40 @@ class DepthProcessor(ConfigMixin):
             raise ValueError(f"Tokens of shape {tuple(tokens.shape)} do not make a depth map of {height}x{width}.")
         maps = tokens.reshape(-1, height // p, width // p, p, p).transpose(2, 3)
         return maps.reshape(-1, 1, height, width)
+
+
+def _as_batch(maps, noun: str) -> torch.Tensor:
+    """Maps of any kind that `DepthProcessor.to_tensor` lists, as (B, 1, H, W) in the dtype they have."""
+    if isinstance(maps, (list, tuple)):
+        if not maps:
+            raise ValueError(f"The list holds no {noun}.")
+        maps = [_as_batch(one, noun) for one in maps]
+        sizes = {tuple(one.shape[-2:]) for one in maps}
+        if len(sizes) != 1:
+            raise ValueError(f"Every {noun} of a batch must share one size, got {sorted(sizes)} (H, W).")
+        return torch.cat(maps)
+    if isinstance(maps, PIL.Image.Image):
+        if len(maps.getbands()) != 1 or maps.mode == "P":
+            raise ValueError(
+                f"A {noun} has one channel, but this picture has mode {maps.mode!r}. A coloured depth picture carries "
+                "no depth values: give the raw depth (16-bit PNG, EXR, npy) instead."
+            )
+        maps = np.array(maps)
+    if isinstance(maps, np.ndarray) and maps.dtype.kind in "buif":
+        if maps.ndim in (3, 4) and maps.shape[-1] == 1:
+            maps = maps[..., 0]
+        if maps.dtype.kind in "ui" and maps.dtype.itemsize > 1:
+            maps = maps.astype(np.float32)  # torch has few operations on unsigned integers
+        maps = torch.from_numpy(np.ascontiguousarray(maps, dtype=maps.dtype.newbyteorder("=")))
+    if not isinstance(maps, torch.Tensor):
+        raise ValueError(
+            f"A {noun} must be a tensor, a numeric array, a PIL image or a list of these, got {type(maps)}."
+        )
+    shape = tuple(maps.shape)
+    if maps.ndim == 2:
+        maps = maps[None]
+    if maps.ndim == 3:
+        maps = maps[:, None]
+    if maps.ndim != 4 or maps.shape[1] != 1 or maps.numel() == 0 or shape[2:] in ((3,), (4,)):
+        raise ValueError(f"A {noun} must have shape (H, W), (B, H, W) or (B, 1, H, W) and a pixel, got {shape}.")
+    return maps

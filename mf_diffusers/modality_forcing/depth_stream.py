@@ -79,6 +79,14 @@ class DepthHead(nn.Module):
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=eps, bias=False)
         self.proj_out = nn.Linear(dim, out_channels, bias=False)
 
+    def _apply(self, fn, recurse=True):
+        # What moves the model moves the head; what casts it (`pipe.to(torch.bfloat16)`) leaves the head in float32.
+        def move(tensor):
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def forward(self, hidden_states: torch.Tensor, depth_temb: torch.Tensor) -> torch.Tensor:
         """(B, N, D) and (B, D) -> (B, N, out_channels), float32."""
         with torch.autocast(hidden_states.device.type, enabled=False):

@@ -24,10 +24,10 @@ def ensemble_depth(
     # Where some sample is not valid it must not pull the scales; a map without common ground counts all its pixels.
     everywhere = everywhere | ~everywhere.flatten(2).any(dim=2)[..., None, None, None]
     for _ in range(iterations):
-        median = log_depths.median(dim=0, keepdim=True).values
+        median = log_depths.quantile(0.5, dim=0, keepdim=True)  # unlike torch.median, the middle of an even number too
         offset = torch.where(everywhere, log_depths - median, torch.nan).flatten(2).nanmedian(dim=2).values
         offset = offset - offset.mean(dim=0, keepdim=True)
         log_depths = log_depths - offset[..., None, None, None]
-    median = log_depths.median(dim=0).values
-    uncertainty = (log_depths - median).abs().median(dim=0).values
+    median = log_depths.quantile(0.5, dim=0)
+    uncertainty = (log_depths - median).abs().quantile(0.5, dim=0)
     return median.exp(), valid.float().mean(dim=0) >= 0.5, uncertainty

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 
 
+# Rounding, as of a resized float image, that is not worth an error.
+RANGE_TOLERANCE = 1e-3
+
+
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     A Pillow image of any mode as 8-bit RGB, upright: EXIF rotation is applied, transparency is laid over white, 16-bit
@@ -36,9 +40,9 @@ def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 def image_to_tensor(image) -> torch.Tensor:
     """
     Args:
-        image: an image or a batch of images. `PIL.Image.Image`; `np.ndarray` of shape (H, W, 3) or (B, H, W, 3), uint8
-            or floats in [0, 1]; `torch.Tensor` of shape (3, H, W) or (B, 3, H, W) in [0, 1]; or a list of these, all of
-            one size.
+        image: an image or a batch of images. `PIL.Image.Image`; `np.ndarray` of shape (H, W, 3) or (B, H, W, 3),
+            unsigned integers or floats in [0, 1]; `torch.Tensor` of shape (3, H, W) or (B, 3, H, W) in [0, 1]; or a
+            list of these, all of one size.
 
     Returns:
         `torch.Tensor` of shape (B, 3, H, W), float32 in [0, 1].
@@ -47,6 +51,8 @@ def image_to_tensor(image) -> torch.Tensor:
         ValueError: a shape, kind or range that is not in the list, or images of different sizes.
     """
     if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError("The list holds no image.")
         images = [image_to_tensor(one) for one in image]
         sizes = {tuple(one.shape[-2:]) for one in images}
         if len(sizes) != 1:
@@ -56,33 +62,46 @@ def image_to_tensor(image) -> torch.Tensor:
         return torch.cat(images)
     if isinstance(image, PIL.Image.Image):
         image = np.array(as_rgb(image))
+    kind = type(image)
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image / 255.0 if image.dtype == np.uint8 else image).movedim(-1, -3)
+        if image.dtype.kind not in "uf" or image.ndim not in (3, 4):
+            raise ValueError(
+                f"An image array holds floats or unsigned integers (H, W, 3), got {image.dtype} {image.shape}."
+            )
+        scale = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1.0
+        image = torch.from_numpy(np.divide(image, scale, dtype=np.float32, casting="unsafe")).movedim(-1, -3)
     if not isinstance(image, torch.Tensor):
-        raise ValueError(
-            f"An image must be a PIL image, np.ndarray, torch.Tensor or a list of these, got {type(image)}."
-        )
+        raise ValueError(f"An image must be a PIL image, np.ndarray, torch.Tensor or a list of these, got {kind}.")
     image = image[None].float() if image.ndim == 3 else image.float()
     if image.ndim != 4 or image.shape[1] != 3 or image.numel() == 0:
         raise ValueError(
             "An image must have 3 channels and at least one pixel: (H, W, 3) or (B, H, W, 3) as an array, (3, H, W) or "
-            f"(B, 3, H, W) as a tensor; got a tensor of {tuple(image.shape)}."
+            f"(B, 3, H, W) as a tensor; got a {kind.__name__} that makes {tuple(image.shape)}."
         )
-    if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
+    low, high = image.min().item(), image.max().item()
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
         raise ValueError(
-            f"Image values must lie in [0, 1], got {image.min().item():.4g} to {image.max().item():.4g}: divide 8-bit "
-            "values by 255."
+            f"Image values must lie in [0, 1], got {low:.4g} to {high:.4g}: divide 8-bit values by 255, or map [-1, 1] "
+            "by x / 2 + 0.5."
         )
-    return image
+    return image.clamp(0, 1)
 
 
 def processing_size(height: int, width: int, pixels: int, multiple: int = 16) -> tuple[int, int]:
     """
     The (height, width) at which to work on an input of `height` x `width`: its aspect ratio at an area near `pixels`,
-    both sides rounded to `multiple` (at least one `multiple`).
+    both sides rounded to `multiple`.
+
+    Raises:
+        ValueError: so long and thin that the short side would be less than half a `multiple`.
     """
     scale = math.sqrt(pixels / (height * width))
-    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+    if min(height, width) * scale < multiple / 2:
+        raise ValueError(
+            f"{height}x{width} (H x W) is too long and thin for {pixels} pixels in steps of {multiple}: crop it, or "
+            "give `height` and `width`."
+        )
+    return tuple(round(side * scale / multiple) * multiple for side in (height, width))
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLFlux2
 
 def image_to_tokens(vae: AutoencoderKLFlux2, image: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) in [0, 1] -> whitened latent tokens (B, N, C), float32, C = 4 times the latent channels."""
-    latents = vae.encode(2 * image.to(vae.dtype) - 1).latent_dist.mode().float()
+    latents = vae.encode((2 * image - 1).to(vae.dtype)).latent_dist.mode().float()
     batch_size, channels, height, width = latents.shape
     latents = latents.view(batch_size, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
     mean, std = _cell_statistics(vae, latents.device)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoTokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM
 from typing_extensions import Self
 
@@ -16,6 +17,7 @@ from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 # Schedules of the published model: both modalities are shifted by exp(mu), mu = 1.1.
 PUBLISHED_SHIFT_MU = 1.1
+PUBLISHED_FILES = ["model.safetensors", "ae_encoder.safetensors", "ae_decoder.safetensors"]
 # Text encoder of FLUX.2 [klein] by the width of its features (three hidden layers side by side).
 TEXT_ENCODERS = {7680: "Qwen/Qwen3-4B", 12288: "Qwen/Qwen3-8B"}
 
@@ -30,7 +32,10 @@ class ModalityForcingLoaderMixin:
         text_encoder: str | Path | Qwen3ForCausalLM | None = "auto",
         tokenizer: Qwen2TokenizerFast | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        **hub_kwargs,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> Self:
         r"""
         Assembles the pipeline from a checkpoint in the published layout. The published weights are licensed
@@ -42,23 +47,30 @@ class ModalityForcingLoaderMixin:
             text_encoder: Folder, Hub repository or instance of the Qwen3 model; "auto": the one that fits the width of
                 the transformer's text features; `None`: none, the caller gives `prompt_embeds`.
             tokenizer: Default: the tokenizer that lies with the text encoder.
-            dtype: dtype of all the weights but the depth head's, which stay float32.
-            hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`.
+            dtype: dtype of all the weights but those of the depth head and the latent statistics, which stay float32.
+            revision: of the Hub repository of the weights.
+            cache_dir, token, local_files_only: as everywhere on the Hub; for the text encoder too.
 
         Raises:
-            FileNotFoundError: a file is missing.
+            FileNotFoundError: a file or folder is missing, or there is no such repository.
             ValueError: a file is not what its name says; the message names the file or the keys.
         """
+        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "config.json"], **hub_kwargs))
+            try:
+                folder = Path(snapshot_download(str(folder), revision=revision, allow_patterns=PUBLISHED_FILES, **hub))
+            except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+                raise FileNotFoundError(
+                    f"{pretrained_model_name_or_path} is no folder, nor a Hub repository that can be reached: {error}"
+                ) from error
         transformer = ModalityForcingFlux2Transformer2DModel.from_published(folder, dtype=dtype)
         vae_config, vae_weights = convert_published_autoencoder(
             load_safetensors(folder / "ae_encoder.safetensors"), load_safetensors(folder / "ae_decoder.safetensors")
         )
         with torch.device("meta"):
             vae = AutoencoderKLFlux2(**vae_config)
-        vae_weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vae_weights.items()}
+        vae_weights = {name: w if name.startswith("bn.") else w.to(dtype) for name, w in vae_weights.items()}
         vae.load_state_dict(vae_weights, assign=True)
 
         if text_encoder == "auto":
@@ -69,8 +81,8 @@ class ModalityForcingLoaderMixin:
                     "`text_encoder` (and `tokenizer`)."
                 )
         if isinstance(text_encoder, (str, Path)):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(text_encoder, **hub_kwargs)
-            text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub_kwargs)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(text_encoder, **hub)
+            text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub)
         return cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),

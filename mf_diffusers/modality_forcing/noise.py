@@ -36,7 +36,7 @@ def shift_timestep(timestep: torch.Tensor, alpha: float) -> torch.Tensor:
     ``alpha > 1`` keeps depth noisier than RGB on the way (RGB resolves first), ``alpha < 1`` the other way round. It is
     what ``FlowMatchEulerDiscreteScheduler(shift=alpha)`` does to its sigmas.
     """
-    return alpha * timestep / (1 + (alpha - 1) * timestep)
+    return alpha * timestep / (alpha * timestep + (1 - timestep))
 
 
 def sample_logit_normal(
@@ -70,10 +70,10 @@ def sample_plateau_logit_normal(
     density = math.exp(-0.5 * ((_logit(mode) - mu) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi) * mode * (1 - mode))
     total = below + (1 - mode) * density
 
-    mass = torch.rand(shape, generator=generator, device=device, dtype=torch.float64) * total
+    mass = torch.rand(shape, generator=generator, device=device) * total
     on_plateau = mode + (mass - below) / density
-    logit = mu + sigma * torch.special.ndtri(mass.clamp(1e-12, below))
-    return torch.where(mass > below, on_plateau, torch.sigmoid(logit)).float()
+    logit = mu + sigma * torch.special.ndtri(mass.clamp(1e-7, below))
+    return torch.where(mass > below, on_plateau, torch.sigmoid(logit))
 
 
 def logit_normal_mode(mu: float, sigma: float = 1.0) -> float:

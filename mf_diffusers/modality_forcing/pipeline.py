@@ -1,11 +1,14 @@
 """One pipeline of images and depth: what is given decides what is made."""
 
+import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.utils import logging
@@ -85,6 +88,8 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         # A latent token is a 2x2 cell of VAE latents; a depth token covers the same pixels.
         self.token_size = 2 * self.vae_scale_factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.token_size)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
         self._attention_kwargs = None
         self._current_timestep = None
         self._interrupt = False
@@ -93,19 +98,26 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         self,
         prompt,
         prompt_embeds,
+        negative_prompt_embeds,
         image,
         depth,
         depth_mask,
+        height,
+        width,
         num_inference_steps,
+        sigmas,
+        guidance_scale,
+        log2_alpha,
         num_refinement_steps,
         ensemble_size,
         num_images_per_prompt,
-        log2_alpha,
+        generator,
         latents,
         depth_latents,
         output_type,
         callback_on_step_end_tensor_inputs,
     ):
+        # What is made of what
         if image is not None and depth is not None:
             raise ValueError(
                 "Both `image` and `depth` were given, so nothing is left to make: give one of them, or neither."
@@ -118,23 +130,15 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
         ):
             raise ValueError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
-        for name, value, least in (
-            ("num_inference_steps", num_inference_steps, 1),
-            ("num_refinement_steps", num_refinement_steps, 0),
-            ("ensemble_size", ensemble_size, 1),
-            ("num_images_per_prompt", num_images_per_prompt, 1),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         if num_refinement_steps and (image is not None or depth is not None):
             raise ValueError(
                 "`num_refinement_steps` refines the depth of joint generation: give neither `image` nor `depth`."
             )
-        if ensemble_size > 1 and image is None and not num_refinement_steps:
+        if ensemble_size != 1 and image is None and not num_refinement_steps:
             raise ValueError("`ensemble_size` needs depth made from an image: give `image`, or `num_refinement_steps`.")
-        if ensemble_size > 1 and output_type == "latent":
+        if ensemble_size != 1 and output_type == "latent":
             raise ValueError("An ensemble is a median of depth maps: take the `output_type` 'pt' in place of 'latent'.")
-        if ensemble_size > 1 and depth_latents is not None:
+        if ensemble_size != 1 and depth_latents is not None:
             raise ValueError("`depth_latents` is the noise of one sample, so it cannot start an ensemble.")
         if log2_alpha is not None and image is not None:
             raise ValueError(
@@ -146,12 +150,85 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             raise ValueError("`depth_latents` is the noise of a new depth map, but the depth is given: leave it out.")
         if depth_mask is not None and depth is None:
             raise ValueError("`depth_mask` says where `depth` is valid: give both.")
+
+        # Numbers
+        for name, value, least in (
+            ("num_inference_steps", num_inference_steps, 1),
+            ("num_refinement_steps", num_refinement_steps, 0),
+            ("ensemble_size", ensemble_size, 1),
+            ("num_images_per_prompt", num_images_per_prompt, 1),
+            ("height", height, 1),
+            ("width", width, 1),
+        ):
+            is_size = name in ("height", "width")
+            if not (is_size and value is None) and (
+                not isinstance(value, Integral) or isinstance(value, bool) or value < least
+            ):
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        for name, value, low, high in (
+            ("guidance_scale", guidance_scale, 0, math.inf),
+            ("log2_alpha", log2_alpha, -30, 30),
+        ):
+            if value is not None and not (isinstance(value, Real) and low <= value <= high and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be a number from {low} to {high}, got {value!r}.")
+        if sigmas is not None:
+            levels = np.asarray(sigmas, dtype=np.float64)
+            if (
+                levels.ndim != 1
+                or not len(levels)
+                or not (levels[0] <= 1 and levels[-1] > 0 and (np.diff(levels) < 0).all())
+            ):
+                raise ValueError(f"`sigmas` must fall from at most 1 to above 0, got {sigmas!r}.")
+
+        # Tensors and the rest
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
+        for name, value in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            channels = self.transformer.config.joint_attention_dim
+            if value is not None and not (
+                isinstance(value, torch.Tensor) and value.ndim == 3 and len(value) and value.shape[2] == channels
+            ):
+                got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
+                raise ValueError(f"`{name}` must be a tensor of shape (B, L, {channels}), got {got}.")
+        for name, value in (
+            ("latents", latents),
+            ("depth_latents", depth_latents),
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if value is not None and not (isinstance(value, torch.Tensor) and torch.isfinite(value).all()):
+                raise ValueError(f"`{name}` must be a tensor of finite values.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; known are {self._callback_tensor_inputs}."
+            )
+        self.check_components()
+
+    def check_components(self):
+        """Raises ValueError where the components do not fit one another, or this pipeline."""
+        patch_size = self.depth_processor.config.patch_size
+        channels = self.transformer.config.depth_channels
+        if not (patch_size == self.token_size and patch_size**2 == channels):
+            raise ValueError(
+                f"A depth token must cover the pixels of an image token, but the depth processor's patches are "
+                f"{patch_size} pixels wide, the VAE's tokens {self.token_size}, and the transformer takes {channels} "
+                "values for each: graft with depth_channels = patch_size**2."
+            )
+        for scheduler in (self.scheduler, self.depth_scheduler):
+            if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
+                raise ValueError(
+                    f"This pipeline takes Euler steps of a static shift, but a scheduler is {scheduler}: give "
+                    "FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1))."
+                )
+        if self.transformer.config.guidance_embeds:
+            raise ValueError("A guidance-distilled transformer (guidance_embeds) is not supported: take a base model.")
+        if self.transformer.dtype == torch.float16:
+            raise ValueError(
+                "The transformer overflows in float16: load it with dtype=torch.bfloat16 or torch.float32."
             )
 
     def encode_prompt(
@@ -168,9 +245,10 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             Features (B * num_images_per_prompt, L, D) and text positions (1, L, 4).
         """
         device = device or self._execution_device
-        if prompt_embeds is None and self.text_encoder is None:
+        if prompt_embeds is None and (self.text_encoder is None or self.tokenizer is None):
             raise ValueError(
-                "This pipeline has no text encoder: give `prompt_embeds`, and `negative_prompt_embeds` for guidance."
+                "This pipeline has no text encoder or no tokenizer: give `prompt_embeds`, and `negative_prompt_embeds` "
+                "for guidance."
             )
         if prompt_embeds is None:
             prompt_embeds = encode_text(
@@ -182,7 +260,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 device,
             )
         prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-        return prompt_embeds, position_ids(length=prompt_embeds.shape[1]).to(device)
+        return prompt_embeds, text_position_ids(prompt_embeds)
 
     def prepare_latents(
         self, batch_size: int, height: int, width: int, device, generator, latents: torch.Tensor | None = None
@@ -211,16 +289,12 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         """
         side = self.config.default_sample_size
         if height is None and width is None:
-            asked = processing_size(*(input_size or (side, side)), pixels=side * side, multiple=self.token_size)
-        elif input_size is not None:
-            asked = (
-                height or round(input_size[0] * width / input_size[1]),
-                width or round(input_size[1] * height / input_size[0]),
-            )
-        else:
-            asked = (height or side, width or side)
-        if min(asked) < 1:
-            raise ValueError(f"`height` and `width` must be positive, got {height} and {width}.")
+            working = processing_size(*(input_size or (side, side)), pixels=side * side, multiple=self.token_size)
+            return working, input_size or working
+        if input_size is not None:
+            height = height or round(input_size[0] * width / input_size[1])
+            width = width or round(input_size[1] * height / input_size[0])
+        asked = (height or side, width or side)
         working = tuple(max(1, round(length / self.token_size)) * self.token_size for length in asked)
         if working != asked:
             logger.warning(
@@ -238,12 +312,14 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
 
     def prepare_depth_condition(
         self, depth, depth_mask, batch_size: int, height: int, width: int, device, generator
-    ) -> torch.Tensor:
-        """Given depth (B, 1, H, W) as clean tokens (batch_size, N, p*p), missing pixels filled with noise."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Given depth (B, 1, H, W) as clean tokens (batch_size, N, p*p), noise where missing; and their validity."""
         repeats = batch_size // len(depth)
         if depth_mask is not None:
-            depth_mask = self.depth_processor.mask_to_tensor(depth_mask).repeat_interleave(repeats, dim=0)
-        depth = depth.repeat_interleave(repeats, dim=0)
+            depth_mask = self.depth_processor.mask_to_tensor(depth_mask)
+            if len(depth_mask) > 1:
+                depth_mask = depth_mask.repeat_interleave(repeats, dim=0)
+        depth = depth.to(device).repeat_interleave(repeats, dim=0)
         tokens, valid, _ = self.depth_processor.preprocess(depth, depth_mask, height, width, generator)
         empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
         if empty:
@@ -251,7 +327,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 f"Depth map {empty[0] // repeats} of the batch has no valid pixel: depth must be positive and finite "
                 "somewhere. Give a depth map with values, or leave `depth` out."
             )
-        return tokens.to(device)
+        return tokens, self.depth_processor.patchify(valid)
 
     def denoise(
         self,
@@ -260,11 +336,9 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         scheduler: FlowMatchEulerDiscreteScheduler | None,
         depth_scheduler: FlowMatchEulerDiscreteScheduler | None,
         prompt_embeds: torch.Tensor,
-        text_ids: torch.Tensor,
         latent_ids: torch.Tensor,
         depth_ids: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
         depth_condition: torch.Tensor | None = None,
         progress_bar=None,
         callback_on_step_end: Callable | None = None,
@@ -277,34 +351,33 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             latents, depth_latents (`torch.Tensor` of shape (B, N, C)): Tokens at the first noise level, float32.
             scheduler, depth_scheduler: With `set_timesteps` done, as many steps in both. `None`: that stream is clean
                 and stays as it is.
-            negative_prompt_embeds: Features of ""; guidance is on where they are given.
+            negative_prompt_embeds: Features of ""; guidance is on where they are given and `guidance_scale` is above 1.
             depth_condition (`torch.Tensor`): Clean depth tokens that steer the image loosely: the depth stream is
                 not sampled but is this map at the scheduler's noise level, `depth_latents` being its noise.
 
         Returns:
             The two streams' tokens after the last step.
         """
-        num_steps = len((scheduler or depth_scheduler).timesteps)
-        still = torch.zeros(num_steps + 1, device=latents.device)
-        sigmas = scheduler.sigmas if scheduler else still
-        depth_sigmas = depth_scheduler.sigmas if depth_scheduler else still
+        leading_scheduler = depth_scheduler if scheduler is None else scheduler
+        still = torch.zeros_like(leading_scheduler.sigmas)
+        sigmas = still if scheduler is None else scheduler.sigmas
+        depth_sigmas = still if depth_scheduler is None else depth_scheduler.sigmas
         depth_noise = depth_latents
         dtype = self.transformer.dtype
         prompt_embeds = prompt_embeds.to(dtype)
         if negative_prompt_embeds is not None:
             negative_prompt_embeds = negative_prompt_embeds.to(dtype)
 
-        for i in range(num_steps):
+        for i, t in enumerate(leading_scheduler.timesteps):
             if self.interrupt:
                 continue
-            self._current_timestep = 1000 * (sigmas if scheduler else depth_sigmas)[i]
+            self._current_timestep = t
             if depth_condition is not None:
                 depth_latents = add_noise(depth_condition, depth_noise, depth_sigmas[i])
             inputs = {
                 "hidden_states": latents.to(dtype),
                 "timestep": sigmas[i].expand(len(latents)),
                 "img_ids": latent_ids,
-                "txt_ids": text_ids,
                 "depth_hidden_states": depth_latents.to(dtype),
                 "depth_timestep": depth_sigmas[i].expand(len(latents)),
                 "depth_ids": depth_ids,
@@ -312,14 +385,20 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 "return_dict": False,
             }
             with self.transformer.cache_context("cond"):
-                velocity, clean_depth = self.transformer(encoder_hidden_states=prompt_embeds, **inputs)
+                velocity, clean_depth = self.transformer(
+                    encoder_hidden_states=prompt_embeds, txt_ids=text_position_ids(prompt_embeds), **inputs
+                )
             velocity = velocity.float()
-            if negative_prompt_embeds is not None:
+            if negative_prompt_embeds is not None and self.do_classifier_free_guidance:
                 # On both raw outputs, before the clean depth becomes a velocity (published model).
                 with self.transformer.cache_context("uncond"):
-                    uncond, uncond_depth = self.transformer(encoder_hidden_states=negative_prompt_embeds, **inputs)
-                velocity = uncond.float() + guidance_scale * (velocity - uncond.float())
-                clean_depth = uncond_depth + guidance_scale * (clean_depth - uncond_depth)
+                    uncond, uncond_depth = self.transformer(
+                        encoder_hidden_states=negative_prompt_embeds,
+                        txt_ids=text_position_ids(negative_prompt_embeds),
+                        **inputs,
+                    )
+                velocity = uncond.float() + self.guidance_scale * (velocity - uncond.float())
+                clean_depth = uncond_depth + self.guidance_scale * (clean_depth - uncond_depth)
 
             if scheduler is not None:
                 latents = scheduler.step(velocity, scheduler.timesteps[i], latents, return_dict=False)[0]
@@ -333,7 +412,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 callback_kwargs = {}
                 for name in callback_on_step_end_tensor_inputs:
                     callback_kwargs[name] = locals()[name]
-                outputs = callback_on_step_end(self, i, self._current_timestep, callback_kwargs)
+                outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
                 latents = outputs.pop("latents", latents)
                 depth_latents = outputs.pop("depth_latents", depth_latents)
                 prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
@@ -348,10 +427,12 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         """Depth tokens of one or several samples -> depth, validity and uncertainty, as `output_type` says."""
         if output_type == "latent":
             return self.depth_processor.unpatchify(samples[0], height, width), None, None
-        maps, masks = zip(*(self.depth_processor.postprocess(s, height, width, output_size) for s in samples))
+        maps, masks = zip(*(self.depth_processor.postprocess(sample, height, width) for sample in samples))
         depth, mask, uncertainty = maps[0], masks[0], None
         if len(samples) > 1:
             depth, mask, uncertainty = ensemble_depth(torch.stack(maps), torch.stack(masks))
+            uncertainty = resize(uncertainty, output_size)
+        depth, mask = self.depth_processor.resize(depth, mask, output_size)
         if output_type == "pt":
             return depth, mask, uncertainty
         return tuple(None if m is None else m[:, 0].cpu().numpy() for m in (depth, mask, uncertainty))
@@ -451,17 +532,25 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             ValueError: the message names the argument, its value and what to give instead.
         """
         # 1. Check the inputs and settle the task
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             prompt,
             prompt_embeds,
+            negative_prompt_embeds,
             image,
             depth,
             depth_mask,
+            height,
+            width,
             num_inference_steps,
+            sigmas,
+            guidance_scale,
+            log2_alpha,
             num_refinement_steps,
             ensemble_size,
             num_images_per_prompt,
-            log2_alpha,
+            generator,
             latents,
             depth_latents,
             output_type,
@@ -495,9 +584,11 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         (height, width), output_size = self.prepare_size(height, width, given.shape[-2:] if given is not None else None)
 
         # 3. Text features; guidance steers away from those of the empty prompt
-        prompt_embeds, text_ids = self.encode_prompt(prompt, device, batch_size // num_prompts, prompt_embeds)
+        prompt_embeds, _ = self.encode_prompt(prompt, device, batch_size // num_prompts, prompt_embeds)
         if self.do_classifier_free_guidance:
             num_negative = 1 if negative_prompt_embeds is None else len(negative_prompt_embeds)
+            if num_negative not in (1, num_prompts):
+                raise ValueError(f"{num_negative} `negative_prompt_embeds` do not go with {num_prompts} prompts.")
             negative_prompt_embeds, _ = self.encode_prompt(
                 "", device, batch_size // num_negative, negative_prompt_embeds
             )
@@ -512,7 +603,6 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             refinement_sigmas = np.linspace(1.0, 1 / num_refinement_steps, num_refinement_steps)
         rows, columns = height // self.token_size, width // self.token_size
         denoise_kwargs = {
-            "text_ids": text_ids,
             "latent_ids": position_ids(rows=rows, columns=columns).to(device),
             "depth_ids": position_ids(time=1, rows=rows, columns=columns).to(device),
             "callback_on_step_end": callback_on_step_end,
@@ -528,7 +618,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 scheduler = self.prepare_scheduler(self.scheduler, sigmas, device)
                 depth_scheduler = depth_condition = None
                 if depth is not None:
-                    depth_condition = self.prepare_depth_condition(
+                    depth_condition, depth_valid = self.prepare_depth_condition(
                         depth, depth_mask, batch_size, height, width, device, generator
                     )
                 if depth is None and log2_alpha is None:
@@ -539,9 +629,12 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                     )
                     depth_scheduler = self.prepare_scheduler(
                         type(self.depth_scheduler).from_config(self.depth_scheduler.config, shift=1.0),
-                        shift_timestep(scheduler.sigmas[:-1].double().cpu(), 2.0**log2_alpha),
+                        shift_timestep(scheduler.sigmas[:-1].cpu().double(), 2.0**log2_alpha),
                         device,
                     )
+                    if depth is not None:
+                        # A hole is the same noise at every level, as in training.
+                        depth_condition = torch.where(depth_valid, depth_condition, depth_latents)
                 else:
                     depth_latents, depth_condition = depth_condition, None
                 latents, depth_latents = self.denoise(
@@ -551,7 +644,6 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                     depth_scheduler,
                     prompt_embeds,
                     negative_prompt_embeds=negative_prompt_embeds,
-                    guidance_scale=self.guidance_scale,
                     depth_condition=depth_condition,
                     progress_bar=progress_bar,
                     **denoise_kwargs,
@@ -561,9 +653,8 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 latents = image_to_tokens(self.vae, image).repeat_interleave(batch_size // num_given, dim=0)
 
             # 6. The depth stream of a finished image
-            depth_samples = [depth_latents]
+            estimates = []
             if estimates_depth:
-                depth_samples = []
                 for _ in range(ensemble_size):
                     noise = self.prepare_depth_latents(
                         batch_size, height, width, device, generator, None if makes_image else depth_latents
@@ -576,11 +667,12 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                         prompt_embeds,
                         # A refinement pass is image -> depth, where guidance is off by default.
                         negative_prompt_embeds=None if makes_image else negative_prompt_embeds,
-                        guidance_scale=self.guidance_scale,
                         progress_bar=progress_bar,
                         **denoise_kwargs,
                     )
-                    depth_samples.append(depth_sample)
+                    if self.interrupt and (makes_image or estimates):
+                        break  # what is there already is better than a map half made
+                    estimates.append(depth_sample)
         self._current_timestep = None
 
         # 7. Back to images and depth maps
@@ -591,12 +683,18 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 images = resize(decode_latents(self.vae, images), output_size)
                 images = self.image_processor.postprocess(images, output_type)
         if depth is None:
-            depth_outputs = self.postprocess_depth(depth_samples, height, width, output_size, output_type)
+            depth_outputs = self.postprocess_depth(
+                estimates or [depth_latents], height, width, output_size, output_type
+            )
 
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, *depth_outputs)
         return ModalityForcingPipelineOutput(images, *depth_outputs)
+
+
+def text_position_ids(prompt_embeds: torch.Tensor) -> torch.Tensor:
+    return position_ids(length=prompt_embeds.shape[1]).to(prompt_embeds.device)
 
 
 def _given_or_drawn(name: str, latents: torch.Tensor | None, shape: tuple, generator, device) -> torch.Tensor:

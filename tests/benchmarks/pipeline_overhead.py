@@ -70,7 +70,6 @@ def sampling_loop():
             pipe.prepare_scheduler(pipe.scheduler, sigmas, arguments.device),
             pipe.prepare_scheduler(pipe.depth_scheduler, sigmas, arguments.device),
             inputs["encoder_hidden_states"],
-            inputs["txt_ids"],
             inputs["img_ids"],
             inputs["depth_ids"],
             progress_bar=progress_bar,
