@@ -3,7 +3,10 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,17 @@ class TrainerConfig:
     resume: bool = True
 
 
+@lru_cache(maxsize=2)
+def permutation(length: int, seed: int, epoch: int) -> list[int]:
+    return np.random.default_rng([seed, epoch]).permutation(length).tolist()
+
+
+def shuffled_index(position: int, length: int, seed: int) -> int:
+    """The sample at a position of the endless stream in which every epoch is a new shuffle."""
+    epoch, offset = divmod(position, length)
+    return permutation(length, seed, epoch)[offset]
+
+
 def sample_generators(seed: int, step: int, positions) -> list[torch.Generator]:
     """A generator for each position in the batch of a step: the same whatever process or micro batch it falls to."""
     generators = []
@@ -72,7 +86,7 @@ class Trainer:
     function of seed and step, so a checkpoint needs no random state and a resumed run ends as one left alone.
     """
 
-    def __init__(self, config: TrainerConfig, modules: dict[str, torch.nn.Module]):
+    def __init__(self, config: TrainerConfig, model: torch.nn.Module):
         self.config = config
         accumulation, rest = divmod(config.batch_size, config.micro_batch_size)
         self.accelerator = Accelerator(
@@ -84,16 +98,11 @@ class Trainer:
                 f"error: batch_size {config.batch_size} must be a multiple of micro_batch_size "
                 f"{config.micro_batch_size} times {self.accelerator.num_processes} processes"
             )
-        self.modules = modules
-        self.named_parameters = {
-            f"{name}.{key}": parameter
-            for name, module in modules.items()
-            for key, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = list(self.named_parameters.values())
         self.optimizer = make_optimizer(config, parameters)
-        self.prepared = {name: self.accelerator.prepare(module) for name, module in modules.items()}
+        self.prepared = self.accelerator.prepare(model)
+        self.device = self.accelerator.device
         self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.step = 0
         self.folder = Path(config.output)
@@ -106,11 +115,29 @@ class Trainer:
         self.running: dict[str, torch.Tensor] = {}
         self.running_steps = 0
 
-    def positions(self, micro_batch: int) -> range:
-        """Which samples of the step's batch this process takes in a micro batch."""
+    def micro_batches(self, samples) -> Iterator[tuple[list, list[torch.Generator]]]:
+        """This process's share of the next step's batch: for each micro batch, samples and a generator for each.
+
+        Which samples, and what their generators draw, depends on seed, step and position in the batch alone.
+        """
         size = self.config.micro_batch_size
-        start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
-        return range(start, start + size)
+        for micro_batch in range(self.accumulation):
+            start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
+            positions = range(start, start + size)
+            first = self.step * self.config.batch_size
+            batch = [samples[shuffled_index(first + p, len(samples), self.config.seed)] for p in positions]
+            self.is_last_micro_batch = micro_batch == self.accumulation - 1
+            yield batch, sample_generators(self.config.seed, self.step, positions)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds a micro batch's gradient; processes exchange gradients after the last one."""
+        hold_back = not self.is_last_micro_batch and self.accelerator.num_processes > 1
+        with self.accelerator.no_sync(self.prepared) if hold_back else nullcontext():
+            self.accelerator.backward(loss / self.accumulation)
+
+    @property
+    def is_time_to_validate(self) -> bool:
+        return self.step % self.config.validate_every == 0 or self.step == self.config.steps
 
     def update(self, losses: dict[str, torch.Tensor]) -> None:
         """After the backward passes of a step: clip, step, average, log, checkpoint.
@@ -143,9 +170,9 @@ class Trainer:
         self.progress_bar.update()
 
     def log(self) -> None:
-        since = (self.step - 1) % self.config.log_every + 1
-        means = {name: (self.accelerator.reduce(value, "mean") / since).item() for name, value in self.running.items()}
-        self.running = {}
+        steps = self.running_steps
+        means = {name: self.accelerator.reduce(value, "mean").item() / steps for name, value in self.running.items()}
+        self.running, self.running_steps = {}, 0
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             last = self.checkpoints()[-1] if self.checkpoints() else "none yet"

@@ -1,0 +1,190 @@
+"""Text-to-image pre-training of a small FLUX.2-architecture base, from nothing.
+
+    accelerate launch finetune/pretrain.py --config finetune/configs/embedded_base.yaml [key=value ...]
+
+Transformer and text encoder train together on captioned images; the VAE is given and frozen. The result is a
+`Flux2KleinPipeline` folder, onto which finetune/post_train.py grafts depth.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
+
+from finetune.cache import CacheConfig, encode_samples
+from finetune.config import load_config, save_config
+from finetune.trainer import Trainer, TrainerConfig
+from mf_diffusers import DepthProcessor
+from mf_diffusers.modality_forcing.latent_tokens import position_ids
+from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
+from mf_diffusers.modality_forcing.text_features import encode_text
+from mf_diffusers.visualization import contact_sheet
+
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@dataclass
+class PretrainConfig:
+    """
+    Args:
+        vae: folder of a trained `AutoencoderKLFlux2`.
+        transformer: constructor arguments of `Flux2Transformer2DModel`.
+        text_encoder: arguments of `Qwen3Config`.
+        text_encoder_out_layers, max_sequence_length: which hidden layers are the text features, and their length.
+        vocabulary_size: of the tokenizer, trained on the captions.
+        mu, sigma: of the logit-normal noise levels.
+        caption_dropout: share of empty prompts, which guidance needs.
+    """
+
+    vae: str = "outputs/embedded/vae"
+    transformer: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    text_encoder_out_layers: list[int] = field(default_factory=lambda: [1, 2, 3])
+    max_sequence_length: int = 40
+    vocabulary_size: int = 400
+    mu: float = 1.1
+    sigma: float = 1.0
+    caption_dropout: float = 0.1
+    data: dict[str, Any] = field(default_factory=dict)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def train_tokenizer(captions: list[str], vocabulary_size: int) -> Qwen2TokenizerFast:
+    """A byte-level BPE tokenizer of Qwen's kind, trained on `captions`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return Qwen2TokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token=None,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+class TextToImage(torch.nn.Module):
+    """Transformer and text encoder as the one module that trains: noisy latents and prompts in, velocity out."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: Qwen2TokenizerFast):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.transformer = Flux2Transformer2DModel(**config.transformer)
+        self.text_encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **config.text_encoder))
+
+    def forward(
+        self, noisy: torch.Tensor, timestep: torch.Tensor, img_ids: torch.Tensor, prompts: list[str]
+    ) -> torch.Tensor:
+        prompt_embeds = encode_text(
+            self.text_encoder,
+            self.tokenizer,
+            prompts,
+            self.config.text_encoder_out_layers,
+            self.config.max_sequence_length,
+            noisy.device,
+        )
+        return self.transformer(
+            hidden_states=noisy,
+            encoder_hidden_states=prompt_embeds,
+            timestep=timestep,
+            img_ids=img_ids,
+            txt_ids=position_ids(length=prompt_embeds.shape[1]).to(noisy.device),
+            return_dict=False,
+        )[0]
+
+
+def micro_batch_loss(config: PretrainConfig, model, batch: list[dict], generators, token_size: int, device):
+    """Velocity loss of a micro batch; what is random about a sample comes from its generator."""
+    latents = torch.stack([sample["latents"] for sample in batch]).to(device)
+    height, width = batch[0]["depth"].shape[-2:]
+    timestep = torch.stack([sample_logit_normal((), config.mu, config.sigma, g) for g in generators]).to(device)
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
+    prompts = [
+        "" if torch.rand((), generator=g) < config.caption_dropout else sample["caption"]
+        for g, sample in zip(generators, batch)
+    ]
+    img_ids = position_ids(rows=height // token_size, columns=width // token_size).to(device)
+    velocity = model(add_noise(latents, noise, timestep), timestep, img_ids, prompts)
+    return (velocity.float() - (noise - latents)).square().mean()
+
+
+def make_pipeline(config: PretrainConfig, model: TextToImage, vae: AutoencoderKLFlux2) -> Flux2KleinPipeline:
+    pipe = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(config.mu)),
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        transformer=model.transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def validate(config: PretrainConfig, trainer: Trainer, pipe: Flux2KleinPipeline, samples) -> None:
+    """Pictures of held-out captions beside the VAE's pictures of what they describe."""
+    height, width = samples[0]["depth"].shape[-2:]
+    captions = [samples[i]["caption"] for i in range(12)]
+    with trainer.averaged_weights():
+        images = pipe(
+            prompt=captions,
+            height=height,
+            width=width,
+            num_inference_steps=30,
+            guidance_scale=3.0,
+            generator=[torch.Generator().manual_seed(i) for i in range(12)],
+            max_sequence_length=config.max_sequence_length,
+            text_encoder_out_layers=config.text_encoder_out_layers,
+        ).images
+    sheet = contact_sheet([images[:6], images[6:]], cell=max(height, 96), title=f"step {trainer.step}")
+    sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
+
+
+def main():
+    config = load_config(PretrainConfig)
+    torch.manual_seed(config.trainer.seed)
+    vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval()
+    token_size = 2 ** len(vae.config.block_out_channels)
+    samples = encode_samples(config.cache, config.data, {}, vae, DepthProcessor(patch_size=token_size))
+    captions = [samples[i]["caption"] for i in range(min(len(samples), 5000))]
+    model = TextToImage(config, train_tokenizer(captions, config.vocabulary_size))
+    trainer = Trainer(config.trainer, model)
+    save_config(config, trainer.folder / "config.yaml")
+    pipe = make_pipeline(config, model, vae)
+
+    while trainer.step < config.trainer.steps:
+        losses = []
+        for batch, generators in trainer.micro_batches(samples):
+            loss = micro_batch_loss(config, trainer.prepared, batch, generators, token_size, trainer.device)
+            trainer.backward(loss)
+            losses.append(loss.detach())
+        trainer.update({"loss": torch.stack(losses).mean()})
+        if trainer.is_time_to_validate:
+            validate(config, trainer, pipe, samples)
+
+    with trainer.averaged_weights():
+        if trainer.accelerator.is_main_process:
+            pipe.save_pretrained(trainer.folder / "pipeline")
+    trainer.finish()
+
+
+if __name__ == "__main__":
+    main()
