@@ -2,7 +2,8 @@
 
     accelerate launch finetune/post_train.py --config finetune/configs/NAME.yaml [key=value ...]
 
-The base is a `Flux2KleinPipeline` folder or Hub repository. The result is a `ModalityForcingPipeline` folder.
+The base is a `Flux2KleinPipeline` folder or Hub repository. The result is a `ModalityForcingPipeline` folder, and in
+"lora" mode an adapter file besides.
 """
 
 import sys
@@ -136,8 +137,8 @@ def main():
 
     if trainer.accelerator.is_main_process:
         with trainer.averaged_weights():
-            save_adapter(pipe.transformer, trainer.folder / "adapter.safetensors", config.base)
             if config.mode == "lora":
+                save_adapter(pipe.transformer, trainer.folder / "adapter.safetensors", config.base)
                 pipe.transformer.fuse_lora()
                 pipe.transformer.unload_lora()
             pipe.save_pretrained(trainer.folder / "pipeline")
