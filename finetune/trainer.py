@@ -30,7 +30,7 @@ class TrainerConfig:
         micro_batch_size: samples of one forward pass of one process.
         learning_rate: reached after `warmup_steps`, then constant.
         optimizer: "adamw", or "adamw8bit" (bitsandbytes, GPU).
-        mixed_precision: "no" or "bf16"; weights in training stay float32.
+        mixed_precision: "fp32" or "bf16"; weights in training stay float32.
         ema_decay: of the averaged weights, which are what is saved; 0 switches averaging off.
         checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
         validate_every: steps between validations.
@@ -89,8 +89,12 @@ class Trainer:
     def __init__(self, config: TrainerConfig, model: torch.nn.Module):
         self.config = config
         accumulation, rest = divmod(config.batch_size, config.micro_batch_size)
+        if config.mixed_precision not in ("fp32", "bf16"):
+            raise SystemExit(f"error: mixed_precision {config.mixed_precision!r} is neither fp32 nor bf16")
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=config.output
+            mixed_precision="no" if config.mixed_precision == "fp32" else "bf16",
+            log_with="tensorboard",
+            project_dir=config.output,
         )
         self.accumulation, uneven = divmod(accumulation, self.accelerator.num_processes)
         if rest or uneven or not self.accumulation:

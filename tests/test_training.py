@@ -1,0 +1,176 @@
+"""The training scripts end to end, on tiny models and a few procedural scenes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipeline
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from safetensors.torch import load_file
+
+from finetune import post_train, pretrain
+from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers.modality_forcing.adapter import load_adapter
+
+
+SCENES = "{kind: scenes, split: train, height: 32, width: 32, supersample: 1}"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny text-to-image pipeline with random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    pipe = make_pipeline()
+    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_") and "depth" not in k}
+    transformer = Flux2Transformer2DModel(**config)
+    Flux2KleinPipeline(pipe.scheduler, pipe.vae, pipe.text_encoder, pipe.tokenizer, transformer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def settings(base, cache, output, **trainer) -> list[str]:
+    trainer = {
+        "output": output,
+        "steps": 6,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "mixed_precision": "fp32",
+        "ema_decay": 0.9,
+        "checkpoint_every": 2,
+        "keep_checkpoints": 3,
+        "validate_every": 100,
+        "log_every": 1,
+        "learning_rate": 0.001,
+    } | trainer
+    return [
+        f"base={base}",
+        "num_depth_decoder_layers=1",
+        "text_encoder_out_layers=[1,2,3]",
+        "max_sequence_length=64",
+        "sample_size=32",
+        f"data={SCENES}",
+        f"validation_data={SCENES}",
+        f"cache={{folder: {cache}, samples: 8, pixels: 1024, depth_density: 0.5}}",
+        *(f"trainer.{name}={value}" for name, value in trainer.items()),
+    ]
+
+
+def run(script, arguments, tmp_path, monkeypatch):
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}")
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--config", str(config), *arguments])
+    monkeypatch.setattr(script, "validate", lambda *args, **kwargs: None)  # has its own test; here it costs seconds
+    script.main()
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_resumed_equals_uninterrupted_and_frozen_weights_stay(base, cache, tmp_path, monkeypatch):
+    run(post_train, settings(base, cache, tmp_path / "whole"), tmp_path, monkeypatch)
+    run(post_train, settings(base, cache, tmp_path / "parts", steps=4), tmp_path, monkeypatch)
+    run(post_train, settings(base, cache, tmp_path / "parts"), tmp_path, monkeypatch)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    before = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in before.items():
+        frozen = name.startswith("transformer_blocks.")
+        assert torch.equal(whole[name], tensor) == frozen, name
+    checkpoints = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
+    assert checkpoints == ["step-00000002", "step-00000004", "step-00000006"]
+    assert isinstance(ModalityForcingPipeline.from_pretrained(tmp_path / "whole" / "pipeline"), ModalityForcingPipeline)
+
+
+def test_killed_and_resumed_equals_uninterrupted(base, cache, tmp_path):
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}")
+
+    def command(output):
+        arguments = settings(base, cache, output, steps=40, checkpoint_every=3, validate_every=1000)
+        return [sys.executable, str(ROOT / "finetune" / "post_train.py"), "--config", str(config), *arguments]
+
+    process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/step-*[1-9]")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for name in ("killed", "whole"):
+        subprocess.run(command(tmp_path / name), check=True, stderr=subprocess.DEVNULL)
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+
+
+def test_lora(base, cache, tmp_path, monkeypatch):
+    run(post_train, ["mode=lora", "lora_rank=2", *settings(base, cache, tmp_path / "lora")], tmp_path, monkeypatch)
+    trained = ModalityForcingPipeline.from_pretrained(tmp_path / "lora" / "pipeline").transformer
+    klein = Flux2KleinPipeline.from_pretrained(base)
+    fresh = ModalityForcingPipeline.from_base(klein, num_depth_decoder_layers=1).transformer
+    load_adapter(fresh, tmp_path / "lora" / "adapter.safetensors", merge=True)
+    ours, merged = trained.state_dict(), fresh.state_dict()
+    assert all(torch.allclose(tensor, merged[name], atol=1e-6) for name, tensor in ours.items())
+    before = klein.transformer.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, ours[name])}
+    assert changed and all(".attn." in name for name in changed)
+
+
+def test_a_loss_that_is_not_finite_stops(base, cache, tmp_path, monkeypatch):
+    run(post_train, settings(base, cache, tmp_path / "run", steps=2), tmp_path, monkeypatch)
+    with pytest.raises(FloatingPointError, match=r"not finite within the 1 steps before step \d.*step-00000002"):
+        run(post_train, settings(base, cache, tmp_path / "run", steps=8, learning_rate="1e30"), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.stpes=3"], "trainer.stpes"),
+        (["trainer.steps=many"], "trainer.steps"),
+        (["mode=half"], "neither full nor lora"),
+        (["steps"], "no key=value"),
+        (["trainer.batch_size=5"], "must be a multiple of micro_batch_size 2"),
+        (["trainer.optimizer=sgd"], "none of adamw, adamw8bit"),
+        (["trainer.mixed_precision=fp16"], "neither fp32 nor bf16"),
+    ],
+)
+def test_wrong_settings(base, cache, tmp_path, monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(post_train, [*settings(base, cache, tmp_path / "run"), *arguments], tmp_path, monkeypatch)
+
+
+def test_a_checkpoint_of_another_model(base, cache, tmp_path, monkeypatch):
+    run(post_train, settings(base, cache, tmp_path / "run", steps=2), tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="is a checkpoint of another model"):
+        arguments = [*settings(base, cache, tmp_path / "run"), "num_depth_decoder_layers=2"]
+        run(post_train, arguments, tmp_path, monkeypatch)
+
+
+def test_pretraining(base, tmp_path, monkeypatch):
+    vae = AutoencoderKLFlux2.from_pretrained(base / "vae")
+    vae.save_pretrained(tmp_path / "vae")
+    transformer = {
+        k: v for k, v in json.loads((base / "transformer" / "config.json").read_text()).items() if k[0] != "_"
+    }
+    text_encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    arguments = [
+        f"vae={tmp_path / 'vae'}",
+        *(f"transformer.{name}={'null' if value is None else value}" for name, value in transformer.items()),
+        *(f"text_encoder.{name}={value}" for name, value in text_encoder.items()),
+        "text_encoder.num_key_value_heads=1",
+        "text_encoder.head_dim=8",
+        f"data={SCENES}",
+        f"cache={{folder: {tmp_path / 'cache'}, samples: 8, pixels: 1024, text: false}}",
+        *(a for a in settings(base, "", tmp_path / "base", steps=4) if a.startswith("trainer.")),
+    ]
+    run(pretrain, arguments, tmp_path, monkeypatch)
+    pipe = Flux2KleinPipeline.from_pretrained(tmp_path / "base" / "pipeline")
+    assert pipe.transformer.config.in_channels == 16 and len(pipe.tokenizer) > 256
