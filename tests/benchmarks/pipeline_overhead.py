@@ -35,14 +35,14 @@ with torch.device(arguments.device):
         axes_dims_rope=(16, 16, 16, 16),
     ).eval()
     inputs = {
-        "hidden_states": torch.randn(1, 256, 128),
-        "encoder_hidden_states": torch.randn(1, 64, 768),
+        "hidden_states": torch.randn(1, 64, 128),
+        "encoder_hidden_states": torch.randn(1, 32, 768),
         "timestep": torch.ones(1),
-        "img_ids": position_ids(rows=16, columns=16),
-        "txt_ids": position_ids(length=64),
-        "depth_hidden_states": torch.randn(1, 256, 256),
+        "img_ids": position_ids(rows=8, columns=8),
+        "txt_ids": position_ids(length=32),
+        "depth_hidden_states": torch.randn(1, 64, 256),
         "depth_timestep": torch.ones(1),
-        "depth_ids": position_ids(time=1, rows=16, columns=16),
+        "depth_ids": position_ids(time=1, rows=8, columns=8),
         "return_dict": False,
     }
 pipe = ModalityForcingPipeline(
