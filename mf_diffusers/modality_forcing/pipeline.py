@@ -364,8 +364,9 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         depth_sigmas = still if depth_scheduler is None else depth_scheduler.sigmas
         depth_noise = depth_latents
         dtype = self.transformer.dtype
-        prompt_embeds = prompt_embeds.to(dtype)
+        prompt_embeds, text_ids = prompt_embeds.to(dtype), text_position_ids(prompt_embeds)
         if negative_prompt_embeds is not None:
+            negative_text_ids = text_position_ids(negative_prompt_embeds)
             negative_prompt_embeds = negative_prompt_embeds.to(dtype)
 
         for i, t in enumerate(leading_scheduler.timesteps):
@@ -386,7 +387,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             }
             with self.transformer.cache_context("cond"):
                 velocity, clean_depth = self.transformer(
-                    encoder_hidden_states=prompt_embeds, txt_ids=text_position_ids(prompt_embeds), **inputs
+                    encoder_hidden_states=prompt_embeds, txt_ids=text_ids, **inputs
                 )
             velocity = velocity.float()
             if negative_prompt_embeds is not None and self.do_classifier_free_guidance:
@@ -394,7 +395,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 with self.transformer.cache_context("uncond"):
                     uncond, uncond_depth = self.transformer(
                         encoder_hidden_states=negative_prompt_embeds,
-                        txt_ids=text_position_ids(negative_prompt_embeds),
+                        txt_ids=negative_text_ids,
                         **inputs,
                     )
                 velocity = uncond.float() + self.guidance_scale * (velocity - uncond.float())
