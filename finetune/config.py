@@ -8,6 +8,8 @@ from typing import TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mf_diffusers.files import atomic_write
+
 
 Config = TypeVar("Config")
 
@@ -47,4 +49,6 @@ def load_config(cls: type[Config], arguments: list[str] | None = None) -> Config
 
 def save_config(config, path: Path) -> None:
     """Writes the settings as YAML that `load_config` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

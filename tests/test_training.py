@@ -1,6 +1,7 @@
 """The training scripts end to end, on tiny models and a few procedural scenes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,22 @@ def test_killed_and_resumed_equals_uninterrupted(base, cache, tmp_path):
         subprocess.run(command(tmp_path / name), check=True, stderr=subprocess.DEVNULL)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+
+
+def test_two_processes_follow_one(base, cache, tmp_path):
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}")
+    script = str(ROOT / "finetune" / "post_train.py")
+    launchers = {
+        "one": [sys.executable, script],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
+    }
+    for name, launcher in launchers.items():
+        arguments = settings(base, cache, tmp_path / name, steps=5, max_grad_norm=1e9)
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        subprocess.run([*launcher, "--config", str(config), *arguments], check=True, env=environment, timeout=300)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
 
 
 def test_lora(base, cache, tmp_path, monkeypatch):
