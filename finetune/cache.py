@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from finetune.data import ReadReport, build_source, fit
+from finetune.batches import fit
+from finetune.data import ReadReport, build_source
 from finetune.sparsify import SPARSIFIERS
 from mf_diffusers.files import atomic_write
 from mf_diffusers.modality_forcing.image_processor import processing_size

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from finetune.data import permutation
 from mf_diffusers.results import place_folder, temporary_folder
 
 
@@ -60,15 +60,10 @@ class TrainerConfig:
     resume: bool = True
 
 
-@lru_cache(maxsize=2)
-def permutation(length: int, seed: int, epoch: int) -> list[int]:
-    return np.random.default_rng([seed, epoch]).permutation(length).tolist()
-
-
 def shuffled_index(position: int, length: int, seed: int) -> int:
     """The sample at a position of the endless stream in which every epoch is a new shuffle."""
     epoch, offset = divmod(position, length)
-    return permutation(length, seed, epoch)[offset]
+    return int(permutation(length, seed, epoch)[offset])
 
 
 def sample_generators(seed: int, step: int, positions) -> list[torch.Generator]:

@@ -12,19 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.batches import BatchLoader, BucketBatchSampler, LoaderConfig, fit
 from finetune.data import (
-    BatchLoader,
-    BucketBatchSampler,
     DepthFormat,
     FolderConfig,
-    LoaderConfig,
     MixtureConfig,
     ReadReport,
     ScenesConfig,
     TooManyUnreadableError,
     WebDatasetConfig,
     build_source,
-    fit,
 )
 from mf_diffusers.depth_io import read_depth, write_depth
 
