@@ -146,7 +146,12 @@ class DepthProcessor(ConfigMixin):
         return self.patchify(torch.where(valid, contracted, noise)), valid, scale
 
     def postprocess(
-        self, tokens: torch.Tensor, height: int, width: int, output_size: tuple[int, int] | None = None
+        self,
+        tokens: torch.Tensor,
+        height: int,
+        width: int,
+        output_size: tuple[int, int] | None = None,
+        scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Depth tokens to depth maps.
@@ -155,16 +160,19 @@ class DepthProcessor(ConfigMixin):
             tokens (`torch.Tensor` of shape (B, N, p*p)): clean depth tokens.
             height, width (`int`): size of the token grid in pixels.
             output_size (`tuple[int, int]`, *optional*): (height, width) to return; see [`resize`].
+            scale (`torch.Tensor` of shape (B,), *optional*): what [`preprocess`] divided by, to return its unit.
 
         Returns:
-            Relative depth (B, 1, H, W), float32 in [near, far], larger is farther; and its validity (B, 1, H, W), bool:
-            False where the tokens say nearer than `near` or farther than `far`.
+            Relative depth (B, 1, H, W), float32 in [near, far] (times `scale`), larger is farther; and its validity
+            (B, 1, H, W), bool: False where the tokens say nearer than `near` or farther than `far`.
         """
         contracted = self.unpatchify(tokens.float(), height, width)
         near, far = self.config.near, 2 - 1 / self.config.far
         valid = (contracted >= near) & (contracted <= far)
         depth = uncontract(torch.nan_to_num(contracted, nan=near).clamp(near, far))
-        return (depth, valid) if output_size is None else self.resize(depth, valid, output_size)
+        if output_size is not None:
+            depth, valid = self.resize(depth, valid, output_size)
+        return (depth if scale is None else depth * scale.view(-1, 1, 1, 1)), valid
 
     def resize(
         self, depth: torch.Tensor, valid: torch.Tensor, size: tuple[int, int]
