@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 import mf_diffusers
 from mf_diffusers.checkpoints import convert_checkpoint, load_pipeline, read_checkpoint
+from mf_diffusers.demo import run_demo
 from mf_diffusers.depth_io import DEPTH_SUFFIXES, IMAGE_SUFFIXES, as_depth_map, read_depth, read_image
 from mf_diffusers.modality_forcing.loaders import TEXT_ENCODERS
 from mf_diffusers.results import place_result, temporary_folder, write_result
@@ -228,6 +229,42 @@ def image(
         return {"depth": values, "prompt": prompt, "log2_alpha": log2_alpha}
 
     run("image", settings, sources, given)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, option("--model", "-m", help="Folder or Hub id; default: the small model in this package.")
+    ] = None,
+    steps: Annotated[int, option(min=1, help="Euler steps for images; the depth of an image takes at most 4.")] = 25,
+    seed: Annotated[
+        int, option(min=0, max=2**32, help="Result number i of a task, from 0, has the seed SEED + i.")
+    ] = 0,
+    lora: Lora = None,
+    text_encoder: TextEncoder = None,
+    output: Annotated[Path, option("--output", "-o", panel="Result", help="The folder to write.")] = Path(
+        "outputs/demo"
+    ),
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
+    offline: Offline = False,
+    quiet: Quiet = False,
+):
+    """Show all three tasks in under a minute, with a small model and scenes that are in this package.
+
+    mf-diffusers demo
+
+    mf-diffusers demo --model MODEL --output outputs/demo-klein
+    """
+    settings = locals()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # the demo has its own
+        if quiet:
+            library.utils.logging.set_verbosity_error()
+    settings["device"], settings["dtype"] = device_and_dtype(device, dtype, offload)
+    run_demo(**settings)
 
 
 @app.command()

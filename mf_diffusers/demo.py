@@ -1,0 +1,187 @@
+"""The demo: all three tasks with the embedded model, in under a minute on a CPU, and a sheet of pictures to show."""
+
+import json
+import platform
+import sys
+import time
+import warnings
+from collections import namedtuple
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import mf_diffusers
+from mf_diffusers.checkpoints import load_pipeline
+from mf_diffusers.depth_io import read_depth, read_image
+from mf_diffusers.evaluation.alignment import align_affine_robust
+from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
+from mf_diffusers.results import METADATA, place_result, temporary_folder, write_result
+from mf_diffusers.visualization import PERCENTILES, colorize_depth, colorize_error, contact_sheet
+
+
+EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
+EMBEDDED_SCENES = Path(__file__).parent / "embedded" / "scenes"
+PROMPTS = (  # in the words of the embedded model, those of finetune/scenes.py
+    "a large red ball and a blue cube in a room with a wooden floor",
+    "a large orange sphere on a grassy plain under a cloudy sky",
+    "a teal cone left of a purple cylinder in a sandy desert under an evening sky",
+)
+GIVEN_SCENE, NEW_PROMPT = "test-034", "a blue cylinder right of a large red sphere in a room with a wooden floor"
+STRENGTHS = {"loosely": -5, "tightly": -11, "rigidly": None}  # log2_alpha of depth -> image
+DEPTH_STEPS = 4
+ERRORS = ("abs_rel", "delta1")
+BRIGHTEST_ERROR = 0.25
+CELL = 224
+
+Scene = namedtuple("Scene", "name caption image depth")  # depth (H, W) in metres, 0 for the sky
+
+
+def demo_scenes():
+    """Scenes that the embedded model has not seen in training: of the split "test" of finetune/scenes.py, seed 0.
+
+    The number in a name is the scene's index. They are rendered at 256x256 with supersample=3.
+    """
+    captions = json.loads((EMBEDDED_SCENES / "captions.json").read_text(encoding="utf-8"))
+    files = {name: (EMBEDDED_SCENES / f"{name}.png", EMBEDDED_SCENES / f"{name}-depth.png") for name in captions}
+    return [Scene(name, captions[name], read_image(image), read_depth(depth)) for name, (image, depth) in files.items()]
+
+
+def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=False, **loading):
+    """Write a folder of results, `contact_sheet.png` and `metadata.json`; print the depth errors and the folder.
+
+    Args:
+        model: folder or Hub id of a pipeline. None: the embedded model.
+        output: the new folder; see `place_result` for what happens when there is one already.
+        seed: of the first result of a task; the second has the next, and so on. Conditioning strengths share one.
+        steps: Euler steps of the tasks that make images; the depth of an image takes no more than `DEPTH_STEPS`.
+        loading: `text_encoder`, `lora`, `offload` and `offline` of `load_pipeline`.
+
+    Returns what metadata.json says. Raises FileNotFoundError when there is no such model.
+    """
+    started = time.perf_counter()
+    if model is None and not EMBEDDED_MODEL.is_dir():
+        raise FileNotFoundError(f"this installation has no embedded model, {EMBEDDED_MODEL}: give one by --model.")
+    model = str(model or EMBEDDED_MODEL)
+    output = Path(output) if Path(output).name else Path(output).resolve()
+    depth_steps = min(steps, DEPTH_STEPS)
+    console = Console(stderr=True)
+    progress = Progress(console=console, disable=quiet or not console.is_terminal, transient=True)
+    with temporary_folder(output.parent) as folder, warnings.catch_warnings(), progress:
+        warnings.showwarning = lambda message, category, *_: (
+            None if quiet or category is not UserWarning else print(f"warning: {message}", file=sys.stderr)
+        )
+        task = progress.add_task("loading", total=steps * (1 + len(STRENGTHS)) + depth_steps)
+        pipe = load_pipeline(model, device, dtype, **loading)
+        pipe.set_progress_bar_config(disable=True)
+
+        def make(what, seeds, **inputs):
+            """The pipeline's output, a result for every seed."""
+            progress.update(task, description=what)
+            return pipe(
+                **inputs,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                callback_on_step_end=lambda *_: progress.advance(task) or {},
+                callback_on_step_end_tensor_inputs=[],
+            )
+
+        scenes = demo_scenes()
+        texts, text_sheet = from_text(make, folder, seed, steps)
+        depths, depth_sheet = from_images(make, folder, seed, depth_steps, scenes)
+        images, image_sheet = from_depth(make, folder, seed, steps, scenes)
+        joined([joined([text_sheet, image_sheet], below=True), depth_sheet]).save(folder / "contact_sheet.png")
+        mean = mean_metrics([{name: facts[name] for name in ERRORS} for facts in depths])
+        metadata = {
+            "command": "demo",
+            "model": Path(model).resolve() if Path(model).exists() else model,
+            "seed": seed,
+            "steps": {"images": steps, "depth": depth_steps},
+            "device": device,
+            "dtype": str(dtype).removeprefix("torch."),
+            "versions": {"python": platform.python_version()}
+            | {library.__name__: library.__version__ for library in (mf_diffusers, torch, diffusers, transformers)},
+            "text_to_image_and_depth": texts,
+            "image_to_depth": depths,
+            "image_to_depth_mean": mean,
+            "depth_to_image": images,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        (folder / METADATA).write_text(json.dumps(metadata, indent=2, default=str) + "\n", encoding="utf-8")
+        path = place_result(folder, output.parent, output.name, overwrite)
+    if not quiet:
+        table = Table("scene", "AbsRel", "delta1", title="Depth of held-out scenes, after affine alignment")
+        for facts in [*depths, {"scene": "mean"} | mean]:
+            table.add_row(facts["scene"], *(f"{facts[name]:.4f}" for name in ERRORS))
+        Console().print(table)
+        print(path)
+    return metadata
+
+
+def from_text(make, folder, seed, steps):
+    """Results of `PROMPTS`: what metadata.json says of each, and their sheet."""
+    facts, rows = [], []
+    seeds = range(seed, seed + len(PROMPTS))
+    made = make("text to image and depth", seeds, prompt=list(PROMPTS), num_inference_steps=steps)
+    for number, (prompt, image, depth, mask) in enumerate(zip(PROMPTS, made.images, made.depth, made.depth_mask)):
+        facts.append({"result": f"text-{number + 1}", "prompt": prompt, "seed": seed + number})
+        write(folder, facts[-1], image, depth, mask=mask)
+        rows.append([image, Image.fromarray(colorize_depth(depth, mask))])
+    return facts, contact_sheet(rows, PROMPTS, ("image made", "depth made"), CELL, "Text to image and depth")
+
+
+def from_images(make, folder, seed, steps, scenes):
+    """Depth of the images of `scenes`: its errors after affine alignment for each, and the sheet."""
+    facts, rows, labels = [], [], []
+    images = [scene.image for scene in scenes]
+    made = make("image to depth", range(seed, seed + len(scenes)), image=images, num_inference_steps=steps)
+    for number, (scene, depth, mask) in enumerate(zip(scenes, made.depth, made.depth_mask)):
+        valid = scene.depth > 0
+        aligned = align_affine_robust(depth, scene.depth).apply(depth)
+        errors = {name: depth_metrics(aligned, scene.depth)[name] for name in ERRORS}
+        facts.append({"result": f"depth-{scene.name}", "scene": scene.caption, "seed": seed + number} | errors)
+        write(folder, facts[-1], scene.image, depth, mask=mask, points=False)
+        near, far = np.percentile(scene.depth[valid], PERCENTILES)
+        relative = np.abs(aligned - scene.depth) / np.where(valid, scene.depth, 1)
+        error = Image.fromarray(colorize_error(relative, valid, max=BRIGHTEST_ERROR))
+        error.save(folder / facts[-1]["result"] / "error.png")
+        depths = (aligned, mask), (scene.depth, valid)
+        rows.append([scene.image, *(Image.fromarray(colorize_depth(*d, near=near, far=far)) for d in depths), error])
+        labels.append(f"AbsRel {errors['abs_rel']:.1%}\nδ1 {errors['delta1']:.1%}")
+    columns = "image given", "depth made", "true depth", f"error, yellow from {BRIGHTEST_ERROR:.0%}"
+    return facts, contact_sheet(rows, labels, columns, CELL, f"Image to depth in {steps} steps")
+
+
+def from_depth(make, folder, seed, steps, scenes):
+    """Images of the depth of `GIVEN_SCENE` at every conditioning strength: what metadata.json says, and the sheet."""
+    facts, rows = [], []
+    given = next(scene.depth for scene in scenes if scene.name == GIVEN_SCENE)
+    inputs = {"depth": given, "prompt": NEW_PROMPT, "num_inference_steps": steps}
+    for strength, log2_alpha in STRENGTHS.items():
+        image = make(f"depth to image, {strength}", [seed], log2_alpha=log2_alpha, **inputs).images[0]
+        facts.append({"result": f"image-{strength}", "prompt": NEW_PROMPT, "seed": seed, "log2_alpha": log2_alpha})
+        write(folder, facts[-1], image, given, points=False)
+        rows.append([Image.fromarray(colorize_depth(given)), image])
+    labels = [f"depth followed {name}" + (f", log2_alpha {a}" if a else "") for name, a in STRENGTHS.items()]
+    return facts, contact_sheet(rows, labels, ("depth given", "image made"), CELL, f"Depth to image: {NEW_PROMPT}")
+
+
+def write(folder, facts, image, depth, **options):
+    (folder / facts["result"]).mkdir()
+    write_result(folder / facts["result"], image, depth, {"command": "demo"} | facts, **options)
+
+
+def joined(sheets, below=False):
+    """Sheets beside one another, or below one another with their right edges in line."""
+    width, height = (max, sum) if below else (sum, max)
+    sheet = Image.new("RGB", (width(s.width for s in sheets), height(s.height for s in sheets)), "white")
+    x = y = 0
+    for part in sheets:
+        sheet.paste(part, (sheet.width - part.width, y) if below else (x, 0))
+        x, y = x + part.width, y + part.height
+    return sheet
