@@ -264,6 +264,8 @@ def demo(
         if quiet:
             library.utils.logging.set_verbosity_error()
     settings["device"], settings["dtype"] = device_and_dtype(device, dtype, offload)
+    if model is None:
+        torch.set_num_threads(1)  # its tensors are small: beside other work, threads would only wait for one another
     run_demo(**settings)
 
 

@@ -68,9 +68,10 @@ def test_all_files_and_numbers_are_written(model):
     assert np.array_equal(np.load(output / "image-rigidly" / "depth.npy"), given)
 
 
-def test_the_seed_decides_and_nothing_is_overwritten_unless_asked(model):
+def test_the_seed_decides_and_nothing_is_overwritten_unless_asked(model, monkeypatch):
+    monkeypatch.setattr(demo, "EMBEDDED_MODEL", model)
     for _ in range(2):
-        run("--model", model, "--output", "here")
+        run("--output", "here")
     first, second = metadata("here"), metadata("here-002")
     assert first["image_to_depth"] == second["image_to_depth"]
     for name in ("contact_sheet.png", "text-1/image.png", "image-loosely/image.png"):
