@@ -47,6 +47,13 @@ def load_config(cls: type[Config], arguments: list[str] | None = None) -> Config
         raise SystemExit(f"error: {path}: {key}: {str(error).splitlines()[0]}\nknown at the top: {known}") from error
 
 
+def take_flag(flag: str) -> bool:
+    """Whether a flag is on the command line, from which it is removed: `load_config` knows settings only."""
+    found = flag in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != flag]
+    return found
+
+
 def save_config(config, path: Path) -> None:
     """Writes the settings as YAML that `load_config` reads back."""
     path.parent.mkdir(parents=True, exist_ok=True)

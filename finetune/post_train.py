@@ -1,9 +1,9 @@
 """Modality-forcing post-training: a text-to-image base becomes a model of images and depth.
 
-    accelerate launch finetune/post_train.py --config finetune/configs/NAME.yaml [key=value ...]
+    accelerate launch finetune/post_train.py --config finetune/configs/NAME.yaml [--dry-run] [key=value ...]
 
 The base is a `Flux2KleinPipeline` folder or Hub repository. The result is a `ModalityForcingPipeline` folder, and in
-"lora" mode an adapter file besides.
+"lora" mode an adapter file besides. `--dry-run` prints parameters, memory, data and the size of the cache, and stops.
 """
 
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import Flux2KleinPipeline
 from peft import LoraConfig
 
@@ -19,8 +20,9 @@ from peft import LoraConfig
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
 from finetune.cache import CacheConfig, encode_samples
-from finetune.config import load_config, save_config
+from finetune.config import load_config, save_config, take_flag
 from finetune.data import build_source
+from finetune.dry_run import DTYPES, empty_transformer, report_post_training
 from finetune.trainer import Trainer, TrainerConfig
 from finetune.validation import validate
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
@@ -34,6 +36,10 @@ class PostTrainConfig:
     """
     Args:
         base: `Flux2KleinPipeline` folder or Hub repository.
+        base_config: constructor arguments of its `Flux2Transformer2DModel`, for a dry run without the base; its tokens
+            are taken to be FLUX.2's, of 16x16 pixels.
+        base_dtype: "fp32" or "bf16": of the weights that stay frozen, the teacher and the text encoder. Weights in
+            training are float32 either way.
         mode: "full", as the paper: everything trains but the base's weights of the double-stream blocks; or "lora":
             a LoRA on the trunk, and the new depth modules.
         lora_rank: rank (and alpha) of the LoRA.
@@ -42,6 +48,8 @@ class PostTrainConfig:
     """
 
     base: str = "black-forest-labs/FLUX.2-klein-base-4B"
+    base_config: dict[str, Any] | None = None
+    base_dtype: str = "fp32"
     mode: str = "full"
     lora_rank: int = 64
     num_depth_decoder_layers: int = 4
@@ -54,11 +62,23 @@ class PostTrainConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
+    @property
+    def distils(self) -> bool:
+        return self.objective.distillation_high > 0 or self.objective.distillation_low > 0
 
-def choose_trainable(transformer: ModalityForcingFlux2Transformer2DModel, config: PostTrainConfig) -> None:
-    """Freezes what `PostTrainConfig.mode` says is frozen."""
+
+def check(config: PostTrainConfig) -> None:
+    """Stops at settings that do not go together."""
     if config.mode not in ("full", "lora"):
         raise SystemExit(f"error: mode {config.mode!r} is neither full nor lora")
+    if config.base_dtype not in DTYPES:
+        raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
+    if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":
+        raise SystemExit("error: base_dtype=bf16 needs trainer.mixed_precision=bf16, which computes in bfloat16")
+
+
+def choose_trainable(transformer: ModalityForcingFlux2Transformer2DModel, config: PostTrainConfig) -> None:
+    """Freezes what `PostTrainConfig.mode` says is frozen; the rest is float32 from here on."""
     if config.mode == "lora":
         transformer.requires_grad_(False)
         transformer.add_adapter(
@@ -69,10 +89,25 @@ def choose_trainable(transformer: ModalityForcingFlux2Transformer2DModel, config
             parameter.requires_grad_(True)
         elif config.mode == "full":
             parameter.requires_grad_(not name.startswith("transformer_blocks."))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def check_one_size(sizes, what: str, remedy: str) -> None:
+    """Stops unless all of some (height, width) are the same."""
+    found = sorted(set(sizes))
+    if len(found) > 1:
+        (height, width), (other_height, other_width) = found[:2]
+        raise SystemExit(
+            f"error: {what} of {height}x{width} and {other_height}x{other_width} (height x width) cannot be batched: "
+            f"crop the pictures to one size{remedy}"
+        )
 
 
 def micro_batch_losses(config, trainer, batch, generators, empty_embeds, depth_processor, teacher):
     """The losses of a micro batch; what is random about a sample comes from its generator."""
+    sizes = [tuple(sample["depth"].shape[-2:]) for sample in batch]
+    check_one_size(sizes, "encoded samples", ", or set trainer.micro_batch_size=1")
     latents, depth, valid, prompt_embeds = (
         torch.stack([sample[name] for sample in batch]) for name in ("latents", "depth", "valid", "prompt_embeds")
     )
@@ -89,9 +124,19 @@ def micro_batch_losses(config, trainer, batch, generators, empty_embeds, depth_p
 
 
 def main():
+    is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
+    check(config)
+    if is_dry_run:
+        transformer = empty_transformer(config)
+        choose_trainable(transformer, config)
+        print(report_post_training(config, transformer))
+        return
     torch.manual_seed(config.trainer.seed)
-    base = Flux2KleinPipeline.from_pretrained(config.base)
+    dtype = DTYPES[config.base_dtype]
+    base = Flux2KleinPipeline.from_pretrained(
+        config.base, dtype={"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
+    )
     pipe = ModalityForcingPipeline.from_base(
         base,
         num_depth_decoder_layers=config.num_depth_decoder_layers,
@@ -107,14 +152,19 @@ def main():
     def encode(prompts: list[str]) -> torch.Tensor:
         return encode_text(pipe.text_encoder, pipe.tokenizer, prompts, **text)
 
-    samples = encode_samples(
-        config.cache, config.data, text | {"base": config.base}, pipe.vae, pipe.depth_processor, encode
-    )
+    held_out = build_source(config.validation_data)
+    check_one_size([held_out.size(i) for i in range(64)], "validation pictures", "")
+    device = PartialState().device
+    pipe.vae.to(device)
+    pipe.text_encoder.to(device)
+    encoders = text | {"base": config.base} | ({} if dtype == torch.float32 else {"dtype": config.base_dtype})
+    samples = encode_samples(config.cache, config.data, encoders, pipe.vae, pipe.depth_processor, encode)
     with torch.no_grad():
         empty_embeds = encode([""]).to(samples[0]["prompt_embeds"])
-    held_out = build_source(config.validation_data)
-    distils = config.objective.distillation_high > 0 or config.objective.distillation_low > 0
-    teacher = base.transformer.requires_grad_(False).eval() if distils else None
+    pipe.text_encoder.to("cpu")  # needed again in validation only
+    teacher = base.transformer.requires_grad_(False).eval() if config.distils else None
+    if teacher is not None and dtype == torch.bfloat16:
+        teacher.forward = torch.autocast(device.type, dtype)(teacher.forward)
 
     if config.trainer.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
@@ -132,8 +182,10 @@ def main():
                 sums[name] = sums.get(name, 0) + getattr(losses, name).mean() / trainer.accumulation
         trainer.update(sums)
         if trainer.is_time_to_validate:
+            pipe.to(trainer.device)
             with trainer.averaged_weights():
                 validate(pipe, held_out, trainer)
+            pipe.text_encoder.to("cpu")
 
     if trainer.accelerator.is_main_process:
         with trainer.averaged_weights():

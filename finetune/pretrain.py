@@ -1,6 +1,8 @@
 """Text-to-image pre-training of a small FLUX.2-architecture base, from nothing.
 
-    accelerate launch finetune/pretrain.py --config finetune/configs/embedded_base.yaml [key=value ...]
+    accelerate launch finetune/pretrain.py --config finetune/configs/embedded_base.yaml [--dry-run] [key=value ...]
+
+`--dry-run` prints parameters, memory, data and the size of the cache, and stops.
 
 Transformer and text encoder train together on captioned images; the VAE is given and frozen. The result is a
 `Flux2KleinPipeline` folder, onto which finetune/post_train.py grafts depth.
@@ -21,7 +23,8 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
 from finetune.cache import CacheConfig, encode_samples
-from finetune.config import load_config, save_config
+from finetune.config import load_config, save_config, take_flag
+from finetune.dry_run import report_pretraining
 from finetune.trainer import Trainer, TrainerConfig
 from mf_diffusers import DepthProcessor
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
@@ -159,7 +162,17 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe: Flux2KleinPipeline,
 
 
 def main():
+    is_dry_run = take_flag("--dry-run")
     config = load_config(PretrainConfig)
+    if is_dry_run:
+        try:
+            token_size = 2 ** len(AutoencoderKLFlux2.load_config(config.vae)["block_out_channels"])
+        except OSError as error:
+            raise SystemExit(f"error: no VAE at {config.vae}: {error}") from error
+        with torch.device("meta"):
+            model = TextToImage(config, range(config.vocabulary_size))  # of a tokenizer, its length is what counts
+        print(report_pretraining(config, model, token_size))
+        return
     torch.manual_seed(config.trainer.seed)
     vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval()
     token_size = 2 ** len(vae.config.block_out_channels)
