@@ -27,7 +27,6 @@ from mf_diffusers.modality_forcing.image_processor import processing_size
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLUX2_TOKEN_SIZE = 16  # pixels along a token's side: 8 of the VAE's, in cells of 2x2
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
-LOOKED_AT = 256  # samples whose sizes are looked up
 Stack = tuple[int, int, int, float]  # blocks of one kind: their number, tokens, width and MLP ratio
 
 
@@ -113,7 +112,7 @@ def describe_source(name: str, settings: dict, cache: CacheConfig, token_size: i
                 counts += f", {sum(bool(entry[1]) for entry in leaf.entries)} of them with depth"
             lines.append(f"{name}: {leaf.config.kind}, {counts}")
         sample = source[0]
-        looked_at = range(min(cache.samples, LOOKED_AT))
+        looked_at = range(min(cache.samples, 256))
         sizes = Counter(processing_size(*source.size(i), cache.pixels, token_size) for i in looked_at)
     except (ValueError, OSError) as error:
         return [f"{name}: CANNOT BE READ: {error}"]
