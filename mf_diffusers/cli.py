@@ -234,7 +234,7 @@ def image(
 @app.command()
 def demo(
     model: Annotated[
-        str | None, option("--model", "-m", help="Folder or Hub id; default: the small model in this package.")
+        str | None, option("--model", "-m", help="Folder or Hub id; default: the embedded model, where there is one.")
     ] = None,
     steps: Annotated[int, option(min=1, help="Euler steps for images; the depth of an image takes at most 4.")] = 25,
     seed: Annotated[
@@ -252,11 +252,9 @@ def demo(
     offline: Offline = False,
     quiet: Quiet = False,
 ):
-    """Show all three tasks in under a minute, with a small model and scenes that are in this package.
+    """Show all three tasks on a few prompts and on six scenes of this package, and make a sheet of them.
 
-    mf-diffusers demo
-
-    mf-diffusers demo --model MODEL --output outputs/demo-klein
+    mf-diffusers demo --model MODEL --output outputs/demo
     """
     settings = locals()
     for library in (diffusers, transformers):
