@@ -40,6 +40,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except Exception as error:
             expected = isinstance(error, (ValueError, OSError)) or is_network_error(error)
+            expected = expected and not isinstance(error, BrokenPipeError)  # which click ends quietly
             if not expected or os.environ.get("MF_DIFFUSERS_DEBUG"):
                 raise
             typer.echo(f"error: {reason(error)}", err=True)
