@@ -54,13 +54,6 @@ def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel:
     return model
 
 
-def check(config: TrainerConfig) -> None:
-    """Stops at a setting that is none of those known."""
-    for name, known in (("optimizer", OPTIMIZER_BYTES), ("mixed_precision", DTYPES)):
-        if getattr(config, name) not in known:
-            raise SystemExit(f"error: trainer.{name} {getattr(config, name)!r} is none of {', '.join(known)}")
-
-
 def size_in_bytes(parameters) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
@@ -128,7 +121,6 @@ def describe_source(name: str, settings: dict, cache: CacheConfig, token_size: i
 
 def report(config, model, stacks: list[Stack], token_size: int, text_bytes: int, teacher_bytes: int = 0) -> str:
     """The whole answer of a dry run, as text."""
-    check(config.trainer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     needs = memory(model, config.trainer, stacks, teacher_bytes)

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,12 @@ class TrainerConfig:
     num_workers: int = 0
     resume: bool = True
 
+    def __post_init__(self):
+        if self.optimizer not in ("adamw", "adamw8bit"):
+            raise SystemExit(f"error: optimizer {self.optimizer!r} is none of adamw, adamw8bit")
+        if self.mixed_precision not in ("fp32", "bf16"):
+            raise SystemExit(f"error: mixed_precision {self.mixed_precision!r} is neither fp32 nor bf16")
+
 
 def shuffled_index(position: int, length: int, seed: int) -> int:
     """The sample at a position of the endless stream in which every epoch is a new shuffle."""
@@ -84,8 +90,6 @@ class Trainer:
     def __init__(self, config: TrainerConfig, model: torch.nn.Module):
         self.config = config
         accumulation, rest = divmod(config.batch_size, config.micro_batch_size)
-        if config.mixed_precision not in ("fp32", "bf16"):
-            raise SystemExit(f"error: mixed_precision {config.mixed_precision!r} is neither fp32 nor bf16")
         self.accelerator = Accelerator(
             mixed_precision="no" if config.mixed_precision == "fp32" else "bf16",
             log_with="tensorboard",
@@ -243,27 +247,23 @@ class Trainer:
             parameter = self.named_parameters[name]
             self.optimizer.state[parameter][key] = value.to(parameter.device)
 
+    @contextmanager
     def averaged_weights(self):
-        """Context in which the modules hold the averaged weights."""
-        return _Averaged(self)
+        """Context in which the model holds the averaged weights."""
+        if self.ema is None:
+            yield
+            return
+        parameters = list(self.named_parameters.values())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
 
     def finish(self) -> None:
         self.progress_bar.close()
         self.accelerator.end_training()
-
-
-class _Averaged:
-    def __init__(self, trainer: Trainer):
-        self.ema, self.parameters = trainer.ema, list(trainer.named_parameters.values())
-
-    def __enter__(self):
-        if self.ema:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-
-    def __exit__(self, *error):
-        if self.ema:
-            self.ema.restore(self.parameters)
 
 
 def make_optimizer(config: TrainerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -274,8 +274,6 @@ def make_optimizer(config: TrainerConfig, parameters: list[torch.nn.Parameter]) 
     }
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
-    if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit  # optional, and only on GPUs
+    from bitsandbytes.optim import AdamW8bit  # optional, and only on GPUs
 
-        return AdamW8bit(parameters, **settings)
-    raise SystemExit(f"error: optimizer {config.optimizer!r} is none of adamw, adamw8bit")
+    return AdamW8bit(parameters, **settings)
