@@ -37,7 +37,8 @@ class Frame:
             raise ValueError(f"{self.name}: image of shape {image.shape}, {image.dtype} must be uint8 (H, W, 3)")
         if depth.shape != image.shape[:2] or depth.dtype != np.float32:
             raise ValueError(
-                f"{self.name}: depth of shape {depth.shape}, {depth.dtype} must be float32 {image.shape[:2]}, as the image"
+                f"{self.name}: depth of shape {depth.shape}, {depth.dtype} must be float32 {image.shape[:2]}, "
+                "as the image"
             )
         if not (depth >= 0).all():
             raise ValueError(f"{self.name}: depth is negative or NaN in places; missing depth is stored as 0")
