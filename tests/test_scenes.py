@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import scenes
-from finetune.scenes import CEILING, FIRST_OBJECT, FLOOR, SKY, WALL, render_scenes, sample_scene
+from finetune.scenes import SPLITS, VOCABULARY, render_scenes, renderer
+from finetune.scenes.captions import MIN_VISIBLE, NUMBERS, RELATIONS
+from finetune.scenes.scene import CEILING, FIRST_OBJECT, FLOOR, PATTERNS, SHAPES, SKY, WALL, sample_scene
 
 
 def nearly_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -27,7 +28,7 @@ def test_scene_does_not_depend_on_its_batch():
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     whole = render_scenes(range(6), height=32, width=32)
-    monkeypatch.setitem(scenes.RAYS_PER_CHUNK, "cpu", 1)
+    monkeypatch.setitem(renderer.RAYS_PER_CHUNK, "cpu", 1)
     parts = render_scenes(range(6), height=32, width=32)
     assert nearly_equal(whole.image, parts.image)
     assert nearly_equal(whole.depth, parts.depth)
@@ -36,12 +37,12 @@ def test_chunks_do_not_change_the_result(monkeypatch):
 def test_seeds_indices_and_splits_share_no_scene():
     views = [
         tuple(sample_scene(index, seed, split).camera_position)
-        for split in scenes.SPLITS
+        for split in SPLITS
         for seed in range(4)
         for index in range(25)
     ]
     assert len(set(views)) == len(views)
-    assert len(set(scenes.SPLITS.values())) == len(scenes.SPLITS)
+    assert len(set(SPLITS.values())) == len(SPLITS)
     np.testing.assert_equal(asdict(sample_scene(7, 1)), asdict(sample_scene(7, 1)))
     with pytest.raises(ValueError, match="index"):
         sample_scene(2**32)
@@ -132,11 +133,11 @@ def test_objects_rest_and_do_not_intersect():
                     assert np.linalg.norm((solid.centre - other.centre)[:2]) > solid.radius + other.radius
 
 
-COUNTS = {"a": 1, "an": 1, **{word: number for number, word in scenes.NUMBERS.items()}}
-SHAPE_OF = {word: shape for shape, words in scenes.SHAPES.items() for word in words} | {"cube": "box"}
+COUNTS = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()}}
+SHAPE_OF = {word: shape for shape, words in SHAPES.items() for word in words} | {"cube": "box"}
 SHAPE_WORD = "(?:" + "|".join(SHAPE_OF) + ")(?:e?s)?"
 NOUN = rf"\b(?:{'|'.join(COUNTS)}) (?:(?!and |on |in |of )\w+ )*?{SHAPE_WORD}\b"
-RELATION_OF = {words: name for name, group in scenes.RELATIONS.items() for words in group}
+RELATION_OF = {words: name for name, group in RELATIONS.items() for words in group}
 RELATION = "|".join(sorted(RELATION_OF, key=len, reverse=True))
 
 
@@ -144,7 +145,7 @@ def objects_named(phrase: str, scene, shares) -> list[int]:
     """Visible objects that a noun phrase fits, by colour, pattern, finish and shape."""
     words = phrase.split()
     shape = SHAPE_OF[re.sub("(?<=x)es$|s$", "", words[-1])]
-    patterns = [word for word in words if word in scenes.PATTERNS] or ["plain"]
+    patterns = [word for word in words if word in PATTERNS] or ["plain"]
     return [
         k
         for k, o in enumerate(scene.objects)
@@ -152,7 +153,7 @@ def objects_named(phrase: str, scene, shares) -> list[int]:
         and o.material.colour in words
         and o.material.pattern == patterns[0]
         and (o.material.finish == "metal") == ("metal" in words)
-        and shares[FIRST_OBJECT + k] > scenes.MIN_VISIBLE
+        and shares[FIRST_OBJECT + k] > MIN_VISIBLE
     ]
 
 
@@ -165,14 +166,14 @@ def captioned():
 
 
 def test_captions_keep_to_the_vocabulary(captioned):
-    assert len(scenes.VOCABULARY) < 150
+    assert len(VOCABULARY) < 150
     for _, caption, _, _ in captioned:
         words = caption.replace(",", "").split()
-        assert set(words) <= scenes.VOCABULARY
+        assert set(words) <= VOCABULARY
         assert 4 <= len(words) <= 25
         assert caption == caption.lower()
     used = {word for _, caption, _, _ in captioned for word in caption.replace(",", "").split()}
-    assert scenes.VOCABULARY - used <= {"five", "four"} | {"wide", "view"}  # the rarest
+    assert VOCABULARY - used <= {"five", "four"} | {"wide", "view"}  # the rarest
 
 
 def test_captions_count_what_is_visible(captioned):
@@ -192,7 +193,7 @@ def test_captions_count_what_is_visible(captioned):
 
 
 def test_relations_hold_in_the_image(captioned):
-    seen = dict.fromkeys(scenes.RELATIONS, 0)
+    seen = dict.fromkeys(RELATIONS, 0)
     for scene, caption, surfaces, depth in captioned:
         shares = np.bincount(surfaces.flatten(), minlength=FIRST_OBJECT + 5) / surfaces.size
         for first, words, second in re.findall(rf"({NOUN}) (?:is )?({RELATION}) ({NOUN})", caption):
