@@ -1,12 +1,29 @@
-"""What Modality Forcing adds to any backbone: the depth timestep, its exchange with RGB, and the depth head."""
+"""What Modality Forcing adds to any backbone: the depth timestep, its exchange with RGB, the depth head, the graft."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
+
+
+@dataclass
+class ModalityForcingTransformerOutput(BaseOutput):
+    r"""
+    Args:
+        sample (`torch.Tensor` of shape `(batch_size, image_sequence_length, out_channels)`):
+            RGB velocity, noise minus clean latents.
+        depth_sample (`torch.Tensor` of shape `(batch_size, image_sequence_length, depth_channels)`, *optional*):
+            Clean depth tokens (x-prediction), float32. `None` when no depth went in.
+    """
+
+    sample: torch.Tensor
+    depth_sample: torch.Tensor | None = None
 
 
 def timestep_sinusoids(timestep: torch.Tensor, channels: int) -> torch.Tensor:
@@ -72,11 +89,14 @@ class DepthHead(nn.Module):
         dim (`int`): Width of the body.
         out_channels (`int`): Values per depth token.
         eps (`float`): Epsilon of the LayerNorm.
+        conditioning_dim (`int`, *optional*): Width of the conditioning vector. Default: that of the body.
     """
 
-    def __init__(self, dim: int, out_channels: int, eps: float = 1e-6):
+    def __init__(self, dim: int, out_channels: int, eps: float = 1e-6, conditioning_dim: int | None = None):
         super().__init__()
-        self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=eps, bias=False)
+        self.norm_out = AdaLayerNormContinuous(
+            dim, conditioning_dim or dim, elementwise_affine=False, eps=eps, bias=False
+        )
         self.proj_out = nn.Linear(dim, out_channels, bias=False)
 
     def _apply(self, fn, recurse=True):
@@ -88,7 +108,43 @@ class DepthHead(nn.Module):
         return super()._apply(move, recurse)
 
     def forward(self, hidden_states: torch.Tensor, depth_temb: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) and (B, D) -> (B, N, out_channels), float32."""
+        """(B, N, dim) and (B, conditioning_dim) -> (B, N, out_channels), float32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_states = self.norm_out(hidden_states.float(), depth_temb.float())
             return self.proj_out(hidden_states)
+
+
+def graft_depth(model: ModelMixin, base: ModelMixin, clones: dict[str, str]) -> None:
+    """
+    Fills a transformer with the weights of its text-to-image base, and starts the depth modules.
+
+    Depth modules with a twin in the image stream start as its copy, the depth embedder and decoder start fresh, and
+    whatever writes to the outside (decoder gates, head, timestep mixers) starts at zero. Nothing is shared with `base`.
+
+    Args:
+        model: on the meta device, so that billions of weights are not drawn only to be overwritten. It ends on the
+            base's device and in its dtype, `_keep_in_fp32_modules` in float32.
+        clones: which parameter of the base each cloned parameter of `model` starts from, by name.
+    """
+    for name, child in model.named_children():
+        child.to(torch.float32 if name in model._keep_in_fp32_modules else base.dtype)
+    weights = base.state_dict()
+    for depth_name, image_name in clones.items():
+        weights[depth_name] = weights[image_name]
+    model.load_state_dict({name: w.clone() for name, w in weights.items()}, strict=False, assign=True)
+    for name, module in model.named_modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=base.device, recurse=False)
+            if name == "depth_time_embed" or name.startswith(("depth_decoder_modulation", "depth_head")):
+                for parameter in module.parameters(recurse=False):
+                    nn.init.zeros_(parameter)
+            else:
+                module.reset_parameters()
+
+
+def join_ids(*ids: torch.Tensor) -> torch.Tensor:
+    """Positions of the streams, one after another: (N, 4) or (B, N, 4) each -> (sum of N, 4).
+
+    Context parallelism wants ids with a batch axis; positions are the same for every sample.
+    """
+    return torch.cat([stream[0] if stream.ndim == 3 else stream for stream in ids])

@@ -1,6 +1,5 @@
 """FLUX.2 with a depth stream: the transformer of Modality Forcing (paper, section on the FLUX.2 variant)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TransformerBlock,
     _get_qkv_projections,
 )
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import apply_lora_scale
 
 from .conversion import (
     convert_published_transformer,
@@ -35,21 +34,13 @@ from .conversion import (
     load_safetensors,
     save_safetensors,
 )
-from .depth_stream import DepthHead, DepthTimestepEmbeddings
-
-
-@dataclass
-class ModalityForcingTransformerOutput(BaseOutput):
-    r"""
-    Args:
-        sample (`torch.Tensor` of shape `(batch_size, image_sequence_length, out_channels)`):
-            RGB velocity, noise minus clean latents.
-        depth_sample (`torch.Tensor` of shape `(batch_size, image_sequence_length, depth_channels)`, *optional*):
-            Clean depth tokens (x-prediction), float32. `None` when no depth went in.
-    """
-
-    sample: torch.Tensor
-    depth_sample: torch.Tensor | None = None
+from .depth_stream import (
+    DepthHead,
+    DepthTimestepEmbeddings,
+    ModalityForcingTransformerOutput,
+    graft_depth,
+    join_ids,
+)
 
 
 class ModalityForcingFlux2AttnProcessor:
@@ -372,13 +363,13 @@ class ModalityForcingFlux2Transformer2DModel(
         # 2. Input projections and positions
         hidden_states = self.x_embedder(hidden_states)
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
-        ids = [_without_batch(txt_ids), _without_batch(img_ids)]
+        ids = [txt_ids, img_ids]
         text_length, image_length, depth_length = encoder_hidden_states.shape[1], hidden_states.shape[1], 0
         if depth_hidden_states is not None:
             double_stream_mod_depth = self.double_stream_modulation_depth(depth_temb)
             single_stream_mod_depth = self.single_stream_modulation_depth(depth_temb)
             hidden_states = torch.cat([hidden_states, self.depth_embedder(depth_hidden_states)], dim=1)
-            ids.append(_without_batch(depth_ids))
+            ids.append(depth_ids)
             depth_length = depth_hidden_states.shape[1]
             # In the single-stream blocks a token is modulated by the level of its own modality; text goes with RGB.
             single_stream_mod = torch.cat(
@@ -388,7 +379,7 @@ class ModalityForcingFlux2Transformer2DModel(
                 ],
                 dim=1,
             )
-        rotary_emb = self.pos_embed(torch.cat(ids))
+        rotary_emb = self.pos_embed(join_ids(*ids))
 
         # 3. Double-stream blocks: hidden_states is [image, depth]
         for block in self.transformer_blocks:
@@ -483,7 +474,6 @@ class ModalityForcingFlux2Transformer2DModel(
             The new transformer on the base's device and in its dtype, the depth head in float32.
         """
         config = {name: value for name, value in base.config.items() if not name.startswith("_")}
-        # On the meta device, so that billions of weights are not drawn only to be overwritten.
         with torch.device("meta"):
             model = cls(
                 **config,
@@ -491,23 +481,7 @@ class ModalityForcingFlux2Transformer2DModel(
                 num_depth_decoder_layers=num_depth_decoder_layers,
                 depth_timestep_mixing=depth_timestep_mixing,
             )
-        for name, child in model.named_children():
-            child.to(torch.float32 if name in cls._keep_in_fp32_modules else base.dtype)
-
-        state_dict = base.state_dict()
-        for depth_name, image_name in depth_stream_clones(model.state_dict()).items():
-            state_dict[depth_name] = state_dict[image_name]
-        model.load_state_dict({k: v.clone() for k, v in state_dict.items()}, strict=False, assign=True)
-
-        for name, module in model.named_modules():
-            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                module.to_empty(device=base.device, recurse=False)
-                is_zero = name == "depth_time_embed" or name.startswith(("depth_decoder_modulation", "depth_head"))
-                if is_zero:
-                    for parameter in module.parameters(recurse=False):
-                        nn.init.zeros_(parameter)
-                else:
-                    module.reset_parameters()
+        graft_depth(model, base, depth_stream_clones(model.state_dict()))
         return model
 
     @classmethod
@@ -558,8 +532,3 @@ def depth_stream_clones(names) -> dict[str, str]:
         "ff_depth.": "ff.",
     }
     return {name: name.replace(depth, image) for name in names for depth, image in renames.items() if depth in name}
-
-
-def _without_batch(ids: torch.Tensor) -> torch.Tensor:
-    # Context parallelism wants ids with a batch axis; positions are the same for every sample.
-    return ids[0] if ids.ndim == 3 else ids
