@@ -40,8 +40,9 @@ class PostTrainConfig:
             are taken to be FLUX.2's, of 16x16 pixels.
         base_dtype: "fp32" or "bf16": of the weights that stay frozen, the teacher and the text encoder. Weights in
             training are float32 either way.
-        mode: "full", as the paper: everything trains but the base's weights of the double-stream blocks; or "lora":
-            a LoRA on the trunk, and the new depth modules.
+        mode: "full", as the paper with FLUX.2: everything trains but the base's weights of the double-stream blocks;
+            "all": these too, as with the paper's from-scratch models; or "lora": a LoRA on the trunk, and the new depth
+            modules.
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
         text_encoder_out_layers, max_sequence_length, sample_size: of the pipeline that is written.
@@ -69,8 +70,8 @@ class PostTrainConfig:
 
 def check(config: PostTrainConfig) -> None:
     """Stops at settings that do not go together."""
-    if config.mode not in ("full", "lora"):
-        raise SystemExit(f"error: mode {config.mode!r} is neither full nor lora")
+    if config.mode not in ("full", "all", "lora"):
+        raise SystemExit(f"error: mode {config.mode!r} is none of full, all, lora")
     if config.base_dtype not in DTYPES:
         raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":

@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops(base, cache, tmp_path, monkeypatch):
     [
         (["trainer.stpes=3"], "trainer.stpes"),
         (["trainer.steps=many"], "trainer.steps"),
-        (["mode=half"], "neither full nor lora"),
+        (["mode=half"], "none of full, all, lora"),
         (["steps"], "no key=value"),
         (["trainer.batch_size=5"], "must be a multiple of micro_batch_size 2"),
         (["trainer.optimizer=sgd"], "none of adamw, adamw8bit"),
