@@ -11,11 +11,9 @@ streams, see `WebDatasetSource`.
 
 import io
 import json
-import math
 import random
 import re
 import tempfile
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,23 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from finetune.scenes import SPLITS, render_scenes
-from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_depth, read_image
+from mf_diffusers.datasets.folder import METADATA, DepthFormat, fit_depth, read_rows, upright_size
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_image
 from mf_diffusers.modality_forcing.image_processor import as_rgb, image_to_tensor
 
 
-DEPTH_ENCODINGS = {"linear": None, "inverse": None, "millimetres": 1 / 1000, "kitti": 1 / 256, "sun3d": 1 / 1000}
-"""Encoding: its scale to metres, or None where `depth_scale` gives the scale."""
-
-DEPTH_KEYS = {"depth_scale", "depth_invalid", "depth_encoding", "depth_max"}
-METADATA_KEYS = {"file_name", "depth_file_name", "text"} | DEPTH_KEYS
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
 MIXTURE_BLOCK = 1000  # samples after which the shares of a mixture are exact
-ASPECT_TOLERANCE = 0.02  # by which the aspect ratios of an image and its depth may differ
-EXIF_ORIENTATION, EXIF_TURNED = 274, (5, 6, 7, 8)
 
 
 @dataclass
@@ -109,59 +100,13 @@ class ReadReport:
         return "\n  ".join([f"{len(self.failures)} of {self.tried} samples could not be read", *self.failures[:100]])
 
 
-@dataclass
-class DepthFormat:
-    """How stored numbers become depth: the `depth_*` keys of metadata, described at `FolderSource`."""
-
-    encoding: str = "linear"
-    scale: float | None = None
-    invalid: tuple[float, ...] | None = None
-    maximum: float = math.inf
-
-    @classmethod
-    def from_metadata(cls, entry: Mapping) -> "DepthFormat":
-        """Raises ValueError for a value that its key does not take."""
-        entry = {key: value for key, value in entry.items() if value is not None}
-        encoding = entry.get("depth_encoding", "linear")
-        if encoding not in DEPTH_ENCODINGS:
-            raise ValueError(f"depth_encoding {encoding!r} is none of {', '.join(DEPTH_ENCODINGS)}")
-        if "depth_scale" in entry and DEPTH_ENCODINGS[encoding] is not None:
-            raise ValueError(f"depth_scale does not go with depth_encoding {encoding!r}, which has its own")
-        invalid = entry.get("depth_invalid", [])
-        invalid = invalid if isinstance(invalid, list) else [invalid]
-        scale, maximum = entry.get("depth_scale", DEPTH_ENCODINGS[encoding]), entry.get("depth_max", math.inf)
-        for value in (*invalid, maximum, *([] if scale is None else [scale])):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"depth_scale, depth_invalid and depth_max take numbers, not {value!r}")
-        if maximum <= 0 or (scale is not None and scale <= 0):
-            raise ValueError("depth_scale and depth_max must be positive")
-        return cls(encoding, scale, tuple(invalid) or None, maximum)
-
-    def read(self, path) -> np.ndarray:
-        """Depth (H, W), float32, 0 where missing. Raises ValueError and FileNotFoundError as `read_depth` does."""
-        sun3d = self.encoding == "sun3d"
-        depth = read_depth(path, scale=1 if sun3d else self.scale, invalid=self.invalid)
-        if sun3d:
-            stored = depth.astype(np.uint16)
-            depth = ((stored >> 3) | (stored << 13)) * np.float32(self.scale)
-        if self.encoding == "inverse":
-            with np.errstate(over="ignore"):
-                depth = np.divide(1, depth, out=np.zeros_like(depth), where=depth > 0)
-        return np.where(depth <= min(self.maximum, np.finfo(np.float32).max), depth, np.float32(0))
-
-
 def make_sample(image: Image.Image, depth: np.ndarray | None, caption: str, key: str) -> dict:
     """A sample from a picture and its depth (h, w), which is brought to the size of the picture; None for no depth.
 
     Raises ValueError if their aspect ratios differ: then the depth is not that of the picture.
     """
-    height, width = image.height, image.width
-    depth = torch.zeros(1, height, width) if depth is None else torch.from_numpy(depth)[None]
-    rows, columns = depth.shape[-2:]
-    if abs(rows * width / (columns * height) - 1) > ASPECT_TOLERANCE:
-        raise ValueError(f"{key}: depth of {columns}x{rows} does not belong to a picture of {width}x{height}")
-    if (rows, columns) != (height, width):
-        depth = F.interpolate(depth[None], (height, width), mode="nearest-exact")[0]
+    size = image.height, image.width
+    depth = torch.from_numpy(np.zeros(size, dtype=np.float32) if depth is None else fit_depth(depth, size, key))[None]
     return {"image": image_to_tensor(image)[0], "depth": depth, "caption": caption, "key": key}
 
 
@@ -231,12 +176,7 @@ class ScenesSource(Source):
 
 
 class FolderSource(Source):
-    """A folder with `metadata.jsonl`, one JSON object per line, as Hugging Face `datasets` reads with ImageFolder.
-
-    Keys: `file_name` (required) and `depth_file_name`, relative to the folder; `text`, the caption; and for the depth
-    `depth_encoding` (linear, the default; inverse: 1/depth is stored; millimetres; kitti: metres times 256; sun3d:
-    millimetres, their 16 bits rotated left by 3), `depth_scale` (what stored values of the first two are multiplied
-    by), `depth_invalid` (a stored value, or a list, that means missing) and `depth_max` (what is farther is missing).
+    """A folder with `metadata.jsonl`, see `mf_diffusers.datasets.folder` for its keys.
 
     Index i is sample i % len of epoch i // len; with `shuffle`, every epoch has an order of its own.
 
@@ -247,36 +187,15 @@ class FolderSource(Source):
     def __init__(self, config: FolderConfig):
         self.config = config
         self.folder = Path(config.path)
-        metadata = self.folder / "metadata.jsonl"
-        if not metadata.is_file():
-            raise FileNotFoundError(f"{metadata}: no such file; it lists the samples of a folder, one JSON per line")
-        self.entries, self._sizes, unknown = [], {}, set()
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
-            if line.strip():
-                try:
-                    entry = json.loads(line)
-                    self.entries.append(self._parse(entry))
-                except ValueError as error:
-                    raise ValueError(f"{metadata}, line {number}: {error}") from error
-                unknown |= entry.keys() - METADATA_KEYS
-        if unknown:
-            warnings.warn(f"{metadata}: keys without a meaning here: {', '.join(sorted(unknown))}", stacklevel=2)
-        listed = [name for image, depth, *_ in self.entries for name in (image, depth) if name]
+        self.rows, self._sizes = read_rows(self.folder), {}
+        listed = [name for row in self.rows for name in (row.image, row.depth) if name]
         absent = [name for name in listed if not (self.folder / name).is_file()]
         if absent or not listed:
-            raise FileNotFoundError(f"{metadata}: {len(absent)} of {len(listed)} files are absent: {absent[:5]}")
-
-    @staticmethod
-    def _parse(entry):
-        if not isinstance(entry, dict):
-            raise ValueError("no JSON object")
-        image, depth, text = (entry.get(key) or "" for key in ("file_name", "depth_file_name", "text"))
-        if not image or not all(isinstance(value, str) for value in (image, depth, text)):
-            raise ValueError("needs file_name; it, depth_file_name and text are strings")
-        return image, depth, text, DepthFormat.from_metadata(entry)
+            where = self.folder / METADATA
+            raise FileNotFoundError(f"{where}: {len(absent)} of {len(listed)} files are absent: {absent[:5]}")
 
     def __len__(self):
-        return len(self.entries)
+        return len(self.rows)
 
     def _row(self, index):
         epoch, position = divmod(index, len(self))
@@ -286,24 +205,22 @@ class FolderSource(Source):
         row = self._row(index)
         if row not in self._sizes:
             try:
-                with Image.open(self.folder / self.entries[row][0]) as image:
-                    turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_TURNED
-                    self._sizes[row] = image.size if turned else image.size[::-1]
+                self._sizes[row] = upright_size(self.folder / self.rows[row].image)
             except Exception:  # decoders meet damaged files with errors of many types; reading it will report this one
                 self._sizes[row] = (1, 1)
         return self._sizes[row]
 
     def __getitem__(self, index):
-        row = self._row(index)
-        image, depth, text, depth_format = self.entries[row]
-        depth = depth_format.read(self.folder / depth) if depth else None
-        return make_sample(read_image(self.folder / image), depth, text, f"{self.folder.name}:{row:05d}")
+        number = self._row(index)
+        row = self.rows[number]
+        depth = row.depth_format.read(self.folder / row.depth) if row.depth else None
+        return make_sample(read_image(self.folder / row.image), depth, row.text, f"{self.folder.name}:{number:05d}")
 
 
 class WebDatasetSource(Source):
     """Tar shards as the library webdataset writes them: of a sample `name`, the picture is `name.jpg` (png, webp), the
     depth, if any, `name.depth.png` (npy, exr, ...), the caption `name.txt` or "text" in `name.json`, which also takes
-    the `depth_*` keys of `FolderSource`.
+    the `depth_*` keys of a folder's metadata.
 
     Shards are read as streams, so this source is split into `lanes`, each with shards of its own: index i is sample
     i // lanes in lane i % lanes. The loader makes as many lanes as there are workers in all processes, and each worker

@@ -101,8 +101,8 @@ def describe_source(name: str, settings: dict, cache: CacheConfig, token_size: i
         source = build_source(settings)
         for leaf in source.leaves():
             counts = f"{len(leaf)} samples" if hasattr(leaf, "__len__") else "samples without end"
-            if hasattr(leaf, "entries"):
-                counts += f", {sum(bool(entry[1]) for entry in leaf.entries)} of them with depth"
+            if hasattr(leaf, "rows"):
+                counts += f", {sum(bool(row.depth) for row in leaf.rows)} of them with depth"
             lines.append(f"{name}: {leaf.config.kind}, {counts}")
         sample = source[0]
         looked_at = range(min(cache.samples, 256))

@@ -1,0 +1,165 @@
+"""A folder of pictures with `metadata.jsonl`: the project's own convention, for training and for evaluation.
+
+`metadata.jsonl` has one JSON object per line, as Hugging Face `datasets` reads with ImageFolder. Keys: `file_name`
+(required) and `depth_file_name`, relative to the folder; `text`, the caption; and for the depth `depth_encoding`
+(linear, the default; inverse: 1/depth is stored; millimetres; kitti: metres times 256; sun3d: millimetres, their 16
+bits rotated left by 3), `depth_scale` (what stored values of the first two are multiplied by), `depth_invalid` (a
+stored value, or a list, that means missing) and `depth_max` (what is farther is missing).
+
+A frame of SUN RGB-D, for one, needs no conversion:
+
+    {"file_name": "image/0000101.jpg", "depth_file_name": "depth/0000101.png", "depth_encoding": "sun3d"}
+"""
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+from PIL import Image
+
+from mf_diffusers.datasets.frame import Frame
+from mf_diffusers.depth_io import read_depth, read_image
+
+
+METADATA = "metadata.jsonl"
+DEPTH_ENCODINGS = {"linear": None, "inverse": None, "millimetres": 1 / 1000, "kitti": 1 / 256, "sun3d": 1 / 1000}
+"""Encoding: its scale to metres, or None where `depth_scale` gives the scale."""
+
+DEPTH_KEYS = {"depth_scale", "depth_invalid", "depth_encoding", "depth_max"}
+METADATA_KEYS = {"file_name", "depth_file_name", "text"} | DEPTH_KEYS
+ASPECT_TOLERANCE = 0.02  # by which the aspect ratios of an image and its depth may differ
+EXIF_ORIENTATION, EXIF_TURNED = 274, (5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class DepthFormat:
+    """How stored numbers become depth: the `depth_*` keys of metadata."""
+
+    encoding: str = "linear"
+    scale: float | None = None
+    invalid: tuple[float, ...] | None = None
+    maximum: float = math.inf
+
+    @classmethod
+    def from_metadata(cls, entry: Mapping) -> "DepthFormat":
+        """Raises ValueError for a value that its key does not take."""
+        entry = {key: value for key, value in entry.items() if value is not None}
+        encoding = entry.get("depth_encoding", "linear")
+        if encoding not in DEPTH_ENCODINGS:
+            raise ValueError(f"depth_encoding {encoding!r} is none of {', '.join(DEPTH_ENCODINGS)}")
+        if "depth_scale" in entry and DEPTH_ENCODINGS[encoding] is not None:
+            raise ValueError(f"depth_scale does not go with depth_encoding {encoding!r}, which has its own")
+        invalid = entry.get("depth_invalid", [])
+        invalid = invalid if isinstance(invalid, list) else [invalid]
+        scale, maximum = entry.get("depth_scale", DEPTH_ENCODINGS[encoding]), entry.get("depth_max", math.inf)
+        for value in (*invalid, maximum, *([] if scale is None else [scale])):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"depth_scale, depth_invalid and depth_max take numbers, not {value!r}")
+        if maximum <= 0 or (scale is not None and scale <= 0):
+            raise ValueError("depth_scale and depth_max must be positive")
+        return cls(encoding, scale, tuple(invalid) or None, maximum)
+
+    def read(self, path) -> np.ndarray:
+        """Depth (H, W), float32, 0 where missing. Raises ValueError and FileNotFoundError as `read_depth` does."""
+        sun3d = self.encoding == "sun3d"
+        depth = read_depth(path, scale=1 if sun3d else self.scale, invalid=self.invalid)
+        if sun3d:
+            stored = depth.astype(np.uint16)
+            depth = ((stored >> 3) | (stored << 13)) * np.float32(self.scale)
+        if self.encoding == "inverse":
+            with np.errstate(over="ignore"):
+                depth = np.divide(1, depth, out=np.zeros_like(depth), where=depth > 0)
+        return np.where(depth <= min(self.maximum, np.finfo(np.float32).max), depth, np.float32(0))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of `metadata.jsonl`: files relative to the folder, `depth` "" where there is none."""
+
+    image: str
+    depth: str
+    text: str
+    depth_format: DepthFormat
+
+
+def read_rows(folder) -> list[Row]:
+    """The lines of a folder's `metadata.jsonl`, which is not to say that the files are there.
+
+    Warns once of keys that it does not know. Raises FileNotFoundError for a missing folder or metadata, ValueError for
+    a bad line (with its number).
+    """
+    metadata = Path(folder) / METADATA
+    if not metadata.is_file():
+        raise FileNotFoundError(f"{metadata}: no such file; it lists the samples of a folder, one JSON per line")
+    rows, unknown = [], set()
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+                rows.append(_parsed(entry))
+            except ValueError as error:
+                raise ValueError(f"{metadata}, line {number}: {error}") from error
+            unknown |= entry.keys() - METADATA_KEYS
+    if unknown:
+        warnings.warn(f"{metadata}: keys without a meaning here: {', '.join(sorted(unknown))}", stacklevel=3)
+    return rows
+
+
+def upright_size(path) -> tuple[int, int]:
+    """(height, width) of a picture as `read_image` gives it, from its header alone."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_TURNED
+        return image.size if turned else image.size[::-1]
+
+
+def fit_depth(depth, size, name) -> np.ndarray:
+    """The depth (h, w) of a picture of `size` (H, W) at this size, by nearest neighbour.
+
+    Raises ValueError, which names it, if the aspect ratios differ: then the depth is not that of the picture.
+    """
+    (rows, columns), (height, width) = depth.shape, size
+    if abs(rows * width / (columns * height) - 1) > ASPECT_TOLERANCE:
+        raise ValueError(f"{name}: depth of {columns}x{rows} does not belong to a picture of {width}x{height}")
+    down, across = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(depth.shape, size))
+    return depth[down[:, None], across]
+
+
+class Folder:
+    """The frames of a folder with `metadata.jsonl`. Depth is brought to the size of its picture, see `fit_depth`.
+
+    A frame's name is its `file_name` without the suffix. Raises what `read_rows` raises, and ValueError when two lines
+    have the same name.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        self.rows = read_rows(root)
+        self.names = [PurePath(row.image).with_suffix("").as_posix() for row in self.rows]
+        twice = [name for name, times in Counter(self.names).items() if times > 1]
+        if twice:
+            raise ValueError(f"{self.root / METADATA}: {len(twice)} pictures are listed more than once: {twice[:5]}")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index) -> Frame:
+        row, name = self.rows[index], self.names[index]
+        image = np.asarray(read_image(self.root / row.image))
+        depth = np.zeros(image.shape[:2], dtype=np.float32)
+        if row.depth:
+            depth = fit_depth(row.depth_format.read(self.root / row.depth), depth.shape, name)
+        return Frame(name, image, depth, caption=row.text)
+
+
+def _parsed(entry) -> Row:
+    if not isinstance(entry, dict):
+        raise ValueError("no JSON object")
+    image, depth, text = (entry.get(key) or "" for key in ("file_name", "depth_file_name", "text"))
+    if not image or not all(isinstance(value, str) for value in (image, depth, text)):
+        raise ValueError("needs file_name; it, depth_file_name and text are strings")
+    return Row(image, depth, text, DepthFormat.from_metadata(entry))
