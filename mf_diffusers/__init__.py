@@ -2,6 +2,7 @@
 
 from .modality_forcing import (
     DepthProcessor,
+    ModalityForcingDiTTransformer2DModel,
     ModalityForcingFlux2Transformer2DModel,
     ModalityForcingPipeline,
     ModalityForcingPipelineOutput,
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DepthProcessor",
+    "ModalityForcingDiTTransformer2DModel",
     "ModalityForcingFlux2Transformer2DModel",
     "ModalityForcingPipeline",
     "ModalityForcingPipelineOutput",

@@ -8,15 +8,22 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 
 from .conversion import convert_published_transformer
 from .depth_processor import DepthProcessor
+from .depth_stream import ModalityForcingTransformerOutput
 from .pipeline import ModalityForcingPipeline
 from .pipeline_output import ModalityForcingPipelineOutput
-from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel, ModalityForcingTransformerOutput
+from .transformer_dit import ModalityForcingDiTTransformer2DModel
+from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
 # diffusers resolves the classes that a model_index.json names among its own pipelines. As one of them, these save and
 # load through DiffusionPipeline without trust_remote_code.
 diffusers.pipelines.modality_forcing = sys.modules[__name__]
-for _cls in (ModalityForcingPipeline, ModalityForcingFlux2Transformer2DModel, DepthProcessor):
+for _cls in (
+    ModalityForcingPipeline,
+    ModalityForcingFlux2Transformer2DModel,
+    ModalityForcingDiTTransformer2DModel,
+    DepthProcessor,
+):
     setattr(diffusers, _cls.__name__, _cls)
 LOADABLE_CLASSES["diffusers"]["DepthProcessor"] = ["save_pretrained", "from_pretrained"]
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["diffusers"])
@@ -27,6 +34,7 @@ SINGLE_FILE_LOADABLE_CLASSES["ModalityForcingFlux2Transformer2DModel"] = {
 
 __all__ = [
     "DepthProcessor",
+    "ModalityForcingDiTTransformer2DModel",
     "ModalityForcingFlux2Transformer2DModel",
     "ModalityForcingPipeline",
     "ModalityForcingPipelineOutput",

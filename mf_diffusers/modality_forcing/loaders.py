@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from .conversion import convert_published_autoencoder, load_safetensors
 from .depth_processor import DepthProcessor
+from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -96,7 +97,7 @@ class ModalityForcingLoaderMixin:
     @classmethod
     def from_base(
         cls,
-        base: Flux2KleinPipeline,
+        base: "Flux2KleinPipeline | ModalityForcingPipeline",  # noqa: F821
         num_depth_decoder_layers: int = 4,
         shift_mu: float = PUBLISHED_SHIFT_MU,
         **pipeline_config,
@@ -105,13 +106,23 @@ class ModalityForcingLoaderMixin:
         Grafts depth onto a text-to-image pipeline (see the transformer's `from_base`): the start of post-training.
 
         Args:
-            base (`Flux2KleinPipeline`): Its VAE, text encoder and tokenizer are shared, its transformer is copied.
+            base (`Flux2KleinPipeline` or [`ModalityForcingPipeline`]): FLUX.2 [klein], or a base of the from-scratch
+                family. Its VAE, text encoder and tokenizer are shared, its transformer is copied.
             num_depth_decoder_layers (`int`): Blocks of the depth decoder.
             shift_mu (`float`): Time shift of both schedules.
-            pipeline_config: `text_encoder_out_layers`, `max_sequence_length`, `default_sample_size`, ...
+            pipeline_config: `text_encoder_out_layers`, `max_sequence_length`, `default_sample_size`, ... Default: those
+                of a base of the from-scratch family.
+
+        Raises:
+            ValueError: the base has depth already.
         """
         patch_size = 2 * base.vae_scale_factor
-        transformer = ModalityForcingFlux2Transformer2DModel.from_base(
+        transformer_class = ModalityForcingFlux2Transformer2DModel
+        if isinstance(base.transformer, ModalityForcingDiTTransformer2DModel):
+            transformer_class = ModalityForcingDiTTransformer2DModel
+            settings = ("text_encoder_out_layers", "max_sequence_length", "default_sample_size", "default_log2_alpha")
+            pipeline_config = {name: base.config[name] for name in settings} | pipeline_config
+        transformer = transformer_class.from_base(
             base.transformer, depth_channels=patch_size**2, num_depth_decoder_layers=num_depth_decoder_layers
         )
         return cls(

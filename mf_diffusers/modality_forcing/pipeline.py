@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, UMT5EncoderModel
 
 from .depth_processor import DepthProcessor
 from .ensemble import ensemble_depth
@@ -23,6 +23,7 @@ from .loaders import ModalityForcingLoaderMixin
 from .noise import add_noise, shift_timestep, velocity_from_clean
 from .pipeline_output import ModalityForcingPipelineOutput
 from .text_features import encode_text
+from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -31,38 +32,41 @@ logger = logging.get_logger(__name__)
 
 class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityForcingLoaderMixin):
     r"""
-    Text to image and depth, image to depth, depth to image, with one set of weights (Modality Forcing).
+    Text to image and depth, image to depth, depth to image, with one set of weights (Modality Forcing). With a base of
+    the from-scratch family, whose transformer has no depth, it makes images alone.
 
     Args:
-        transformer ([`ModalityForcingFlux2Transformer2DModel`]): Denoiser of both modalities.
+        transformer ([`ModalityForcingFlux2Transformer2DModel`] or [`ModalityForcingDiTTransformer2DModel`]):
+            Denoiser of both modalities.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]): Walks the RGB noise levels.
         depth_scheduler ([`FlowMatchEulerDiscreteScheduler`]):
             Walks the depth noise levels where depth alone is made. Where both are made, depth follows the RGB levels
-            along the trajectory that `log2_alpha` names.
+            along the trajectory that `log2_alpha` names. Absent where the transformer has no depth.
         vae ([`AutoencoderKLFlux2`]): Images to latents and back.
-        text_encoder ([`Qwen3ForCausalLM`]): Its hidden states are the text features. May be absent when the caller
-            passes `prompt_embeds` (and `negative_prompt_embeds`).
-        tokenizer (`Qwen2TokenizerFast`): Tokenizer with a chat template.
-        depth_processor ([`DepthProcessor`]): Depth maps to tokens and back.
-        text_encoder_out_layers (`list[int]`, defaults to `[9, 18, 27]`): Hidden layers to put side by side.
+        text_encoder ([`Qwen3ForCausalLM`] or [`UMT5EncoderModel`]): Its hidden states are the text features. May be
+            absent when the caller passes `prompt_embeds` (and `negative_prompt_embeds`).
+        tokenizer (`Qwen2TokenizerFast` or `T5TokenizerFast`): The text encoder's; Qwen's with a chat template.
+        depth_processor ([`DepthProcessor`]): Depth maps to tokens and back. Absent where the transformer has no depth.
+        text_encoder_out_layers (`list[int]`, defaults to `[9, 18, 27]`): Hidden layers of Qwen3 to put side by side;
+            of UMT5 it is always the last.
         max_sequence_length (`int`, defaults to 512): Text tokens; shorter prompts are padded to it.
         default_sample_size (`int`, defaults to 512): Side of the square whose area is the pixel budget.
         default_log2_alpha (`float`, defaults to 5.0): Trajectory of joint generation.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["text_encoder", "tokenizer", "depth_scheduler", "depth_processor"]
     _callback_tensor_inputs = ["latents", "depth_latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
         self,
-        transformer: ModalityForcingFlux2Transformer2DModel,
+        transformer: ModalityForcingFlux2Transformer2DModel | ModalityForcingDiTTransformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        depth_scheduler: FlowMatchEulerDiscreteScheduler,
+        depth_scheduler: FlowMatchEulerDiscreteScheduler | None,
         vae: AutoencoderKLFlux2,
-        text_encoder: Qwen3ForCausalLM | None,
-        tokenizer: Qwen2TokenizerFast | None,
-        depth_processor: DepthProcessor,
+        text_encoder: Qwen3ForCausalLM | UMT5EncoderModel | None,
+        tokenizer: Qwen2TokenizerFast | T5TokenizerFast | None,
+        depth_processor: DepthProcessor | None,
         text_encoder_out_layers: list[int] = (9, 18, 27),
         max_sequence_length: int = 512,
         default_sample_size: int = 512,
@@ -118,6 +122,19 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         callback_on_step_end_tensor_inputs,
     ):
         # What is made of what
+        if not self.has_depth:
+            for name, value in (
+                ("image", image),
+                ("depth", depth),
+                ("log2_alpha", log2_alpha),
+                ("num_refinement_steps", num_refinement_steps or None),
+                ("depth_latents", depth_latents),
+            ):
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` is about depth, but this transformer is a text-to-image base: leave it out, or take "
+                        "a model with depth (ModalityForcingPipeline.from_base starts one)."
+                    )
         if image is not None and depth is not None:
             raise ValueError(
                 "Both `image` and `depth` were given, so nothing is left to make: give one of them, or neither."
@@ -210,21 +227,24 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
 
     def check_components(self):
         """Raises ValueError where the components do not fit one another, or this pipeline."""
-        patch_size = self.depth_processor.config.patch_size
-        channels = self.transformer.config.depth_channels
-        if not (patch_size == self.token_size and patch_size**2 == channels):
-            raise ValueError(
-                f"A depth token must cover the pixels of an image token, but the depth processor's patches are "
-                f"{patch_size} pixels wide, the VAE's tokens {self.token_size}, and the transformer takes {channels} "
-                "values for each: graft with depth_channels = patch_size**2."
-            )
-        for scheduler in (self.scheduler, self.depth_scheduler):
+        schedulers = [self.scheduler]
+        if self.has_depth:
+            schedulers.append(self.depth_scheduler)
+            patch_size = self.depth_processor.config.patch_size
+            channels = self.transformer.config.depth_channels
+            if not (patch_size == self.token_size and patch_size**2 == channels):
+                raise ValueError(
+                    f"A depth token must cover the pixels of an image token, but the depth processor's patches are "
+                    f"{patch_size} pixels wide, the VAE's tokens {self.token_size}, and the transformer takes "
+                    f"{channels} values for each: graft with depth_channels = patch_size**2."
+                )
+        for scheduler in schedulers:
             if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
                 raise ValueError(
                     f"This pipeline takes Euler steps of a static shift, but a scheduler is {scheduler}: give "
                     "FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1))."
                 )
-        if self.transformer.config.guidance_embeds:
+        if self.transformer.config.get("guidance_embeds"):
             raise ValueError("A guidance-distilled transformer (guidance_embeds) is not supported: take a base model.")
         if self.transformer.dtype == torch.float16:
             raise ValueError(
@@ -239,7 +259,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         prompt_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
-        Text features of FLUX.2 [klein]: hidden states of Qwen3 over the prompt as a chat turn, padding included.
+        Text features, hidden states of the text encoder: see [`encode_text`].
 
         Returns:
             Features (B * num_images_per_prompt, L, D) and text positions (1, L, 4).
@@ -349,6 +369,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
 
         Args:
             latents, depth_latents (`torch.Tensor` of shape (B, N, C)): Tokens at the first noise level, float32.
+                `depth_latents` is `None` where the transformer has no depth.
             scheduler, depth_scheduler: With `set_timesteps` done, as many steps in both. `None`: that stream is clean
                 and stays as it is.
             negative_prompt_embeds: Features of ""; guidance is on where they are given and `guidance_scale` is above 1.
@@ -379,7 +400,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                 "hidden_states": latents.to(dtype),
                 "timestep": sigmas[i].expand(len(latents)),
                 "img_ids": latent_ids,
-                "depth_hidden_states": depth_latents.to(dtype),
+                "depth_hidden_states": None if depth_latents is None else depth_latents.to(dtype),
                 "depth_timestep": depth_sigmas[i].expand(len(latents)),
                 "depth_ids": depth_ids,
                 "joint_attention_kwargs": self.attention_kwargs,
@@ -399,7 +420,8 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                         **inputs,
                     )
                 velocity = uncond.float() + self.guidance_scale * (velocity - uncond.float())
-                clean_depth = uncond_depth + self.guidance_scale * (clean_depth - uncond_depth)
+                if clean_depth is not None:
+                    clean_depth = uncond_depth + self.guidance_scale * (clean_depth - uncond_depth)
 
             if scheduler is not None:
                 latents = scheduler.step(velocity, scheduler.timesteps[i], latents, return_dict=False)[0]
@@ -437,6 +459,10 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         if output_type == "pt":
             return depth, mask, uncertainty
         return tuple(None if m is None else m[:, 0].cpu().numpy() for m in (depth, mask, uncertainty))
+
+    @property
+    def has_depth(self) -> bool:
+        return self.transformer.config.depth_channels is not None
 
     @property
     def guidance_scale(self) -> float:
@@ -622,7 +648,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                     depth_condition, depth_valid = self.prepare_depth_condition(
                         depth, depth_mask, batch_size, height, width, device, generator
                     )
-                if depth is None and log2_alpha is None:
+                if depth is None and log2_alpha is None and self.has_depth:
                     log2_alpha = self.config.default_log2_alpha
                 if log2_alpha is not None:
                     depth_latents = self.prepare_depth_latents(
@@ -683,7 +709,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             if output_type != "latent":
                 images = resize(decode_latents(self.vae, images), output_size)
                 images = self.image_processor.postprocess(images, output_type)
-        if depth is None:
+        if depth is None and self.has_depth:
             depth_outputs = self.postprocess_depth(
                 estimates or [depth_latents], height, width, output_size, output_type
             )

@@ -1,36 +1,49 @@
-"""Prompts to the text features of FLUX.2 [klein]: hidden states of Qwen3 over the prompt as a chat turn."""
+"""Prompts to text features: those of FLUX.2 [klein] by Qwen3, those of the from-scratch family by a T5 encoder."""
 
 import torch
 from diffusers.utils import logging
-from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+from transformers import (
+    Qwen2TokenizerFast,
+    Qwen3ForCausalLM,
+    T5EncoderModel,
+    T5TokenizerFast,
+    UMT5EncoderModel,
+)
 
 
 logger = logging.get_logger(__name__)
 
 
 def encode_text(
-    text_encoder: Qwen3ForCausalLM,
-    tokenizer: Qwen2TokenizerFast,
+    text_encoder: Qwen3ForCausalLM | UMT5EncoderModel | T5EncoderModel,
+    tokenizer: Qwen2TokenizerFast | T5TokenizerFast,
     prompts: list[str],
     out_layers: list[int],
     max_sequence_length: int,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """
+    Qwen3 reads a prompt as a chat turn; its features are hidden layers side by side, padding included, on which FLUX.2
+    [klein] was trained. A T5 encoder reads it as it is; its features are the last hidden state, 0 where the prompt is
+    padded: what it makes of padding means nothing, and zeros need no mask in the transformer's attention.
+
     Args:
         prompts: B texts; what is longer than `max_sequence_length` tokens is cut off, with a warning.
-        out_layers: hidden layers to put side by side.
-        max_sequence_length: L; shorter prompts are padded to it, and the padding is kept.
+        out_layers: hidden layers of Qwen3 to put side by side; of no concern to a T5 encoder.
+        max_sequence_length: L; shorter prompts are padded to it.
 
     Returns:
-        (B, L, len(out_layers) * hidden size), in the text encoder's dtype.
+        (B, L, D), in the text encoder's dtype. D is len(out_layers) times the hidden size, or T5's d_model.
     """
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for prompt in prompts
-    ]
+    is_t5 = isinstance(text_encoder, (UMT5EncoderModel, T5EncoderModel))
+    texts = prompts
+    if not is_t5:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            for prompt in prompts
+        ]
     longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
     if longest > max_sequence_length:
         logger.warning(
@@ -39,6 +52,9 @@ def encode_text(
     tokens = tokenizer(
         texts, return_tensors="pt", padding="max_length", truncation=True, max_length=max_sequence_length
     ).to(device or text_encoder.device)
+    if is_t5:
+        features = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return features * tokens.attention_mask[..., None].to(features.dtype)
     hidden_states = text_encoder(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,
