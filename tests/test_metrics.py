@@ -98,6 +98,13 @@ def test_clipped_depth_is_no_hit_even_near_0():
     assert depth_metrics(row(-1), row(MIN_DEPTH), negative="clip")["delta3"] == 0
 
 
+def test_moges_code_takes_negative_depth_for_a_hit():
+    ours, moges = (depth_metrics(row(2, -1, 0, np.nan), row(2, 4, 4, 4), negative=name) for name in ("error", "hit"))
+    assert [ours[f"delta{k}"] for k in (1, 2, 3)] == [1 / 4] * 3
+    assert [moges[f"delta{k}"] for k in (1, 2, 3)] == [1 / 2] * 3
+    assert all(ours[name] == moges[name] for name in ours if not name.startswith("delta"))
+
+
 @pytest.mark.parametrize("metric", [depth_metrics, boundary_f1])
 def test_metrics_reject(metric):
     one = np.ones((3, 4))
@@ -109,7 +116,7 @@ def test_metrics_reject(metric):
     ]:
         with pytest.raises(ValueError, match=message):
             metric(prediction, truth, mask)
-    with pytest.raises(ValueError, match='"error" or "clip"'):
+    with pytest.raises(ValueError, match='"error", "clip" or "hit"'):
         depth_metrics(one, one, negative="ignore")
     with pytest.raises(ValueError, match="above 1"):
         boundary_f1(one, one, thresholds=[0.05])

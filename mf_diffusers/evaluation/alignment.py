@@ -110,35 +110,47 @@ def align_none(prediction, truth, mask=None):
 
 
 ALIGNMENTS = {
-    "affine_robust": align_affine_robust,
+    "robust": align_affine_robust,
     "scale": align_scale,
     "median": align_median,
-    "least_squares": align_least_squares,
-    "disparity_least_squares": align_disparity_least_squares,
+    "least-squares": align_least_squares,
+    "disparity": align_disparity_least_squares,
     "none": align_none,
 }
 
 
 def masked_nearest(valid, grid=GRID):
-    """MoGe's subsample: for every cell of a grid laid over the picture, the valid pixel nearest to its centre.
+    """The rows and columns, integers (N,) each, that `nearest_valid` finds on a grid x grid subsample, row by row."""
+    rows, columns, found = nearest_valid(valid, (grid, grid))
+    return rows[found], columns[found]
 
-    Along an axis of n pixels, with c = max(1, n / grid), cell i has its centre at (i + 1/2) n / grid, and its window
-    is the ceil(c) pixels from round((i + 1/2) n / grid - c / 2) on, halves to even, as far as they lie in the
-    picture; pixel j has its centre at j + 1/2. Of equally near pixels the first, row by row, is taken. A cell without
-    a valid pixel gives none; neighbouring windows may share a row or column, so that a pixel may be given twice, and
-    in a picture smaller than the grid pixels repeat.
 
-    Returns rows and columns, integers (N,), N <= grid * grid.
+def nearest_valid(valid, size):
+    """MoGe's masked resampling: for every cell of a grid laid over the picture, the valid pixel nearest to its centre.
+
+    Along an axis of n pixels and m cells, with c = max(1, n / m), cell i has its centre at (i + 1/2) n / m, and its
+    window is the ceil(c) pixels from round((i + 1/2) n / m - c / 2) on, halves to even, as far as they lie in the
+    picture; pixel j has its centre at j + 1/2. Of equally near pixels the first, row by row, is taken. Neighbouring
+    windows may share a row or column, so that a pixel may be given twice, and in a picture smaller than the grid pixels
+    repeat.
+
+    Args:
+        valid: bool (H, W).
+        size: (rows, columns) of the grid.
+
+    Returns rows and columns, integers of shape `size`, and where the window has a valid pixel, bool of shape `size`.
     """
-    rows, row_distances = _windows(valid.shape[0], grid)
-    columns, column_distances = _windows(valid.shape[1], grid)
+    rows, row_distances = _windows(valid.shape[0], size[0])
+    columns, column_distances = _windows(valid.shape[1], size[1])
     distances = row_distances[:, None, :, None] + column_distances[None, :, None, :]
     distances[~valid[rows[:, None, :, None], columns[None, :, None, :]]] = np.inf
-    distances = distances.reshape(grid, grid, -1)
+    distances = distances.reshape(*size, -1)
     row, column = np.divmod(distances.argmin(axis=-1), columns.shape[1])
-    cells = np.arange(grid)
-    found = np.isfinite(distances.min(axis=-1))
-    return rows[cells[:, None], row][found], columns[cells, column][found]
+    return (
+        np.take_along_axis(rows, row, axis=1),
+        np.take_along_axis(columns[None], column[..., None], axis=2)[..., 0],
+        np.isfinite(distances.min(axis=-1)),
+    )
 
 
 def checked_maps(prediction, truth, mask=None):

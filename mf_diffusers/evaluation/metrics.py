@@ -17,6 +17,9 @@ MIN_DEPTH = 1e-6
 BOUNDARY_THRESHOLDS = tuple(np.linspace(1.05, 1.25, 10).tolist())
 """Depth ratios of Depth Pro's boundary F1: jumps of 5 % to 25 %."""
 
+NEGATIVE = ("error", "clip", "hit")
+"""What aligned depth at or below 0 is, see `depth_metrics`: ours, as in Marigold's code, as in MoGe's code."""
+
 COUNTS = ("pixels", "left_out", "nonfinite", "nonpositive", "points_missing")
 """Entries of the metrics that are numbers of things: `mean_metrics` adds them up."""
 
@@ -28,10 +31,11 @@ def depth_metrics(prediction, truth, mask=None, negative="error"):
         prediction: (H, W), aligned depth.
         truth: (H, W), 0 where missing.
         mask: (H, W), True where depth counts. None: everywhere.
-        negative: what a prediction d <= 0 is in abs_rel, sq_rel and rmse. "error": it keeps its value. "clip": it
-            becomes `MIN_DEPTH`, as in Marigold, which also clips to the data set's depth range before: for that give
-            `np.clip(prediction, near, far)`. Either way it is `MIN_DEPTH` in the logarithms and no hit of delta.
-            MoGe's code keeps the value too, but counts d < 0 as a hit of delta1.
+        negative: what a prediction d <= 0 is. "error": it keeps its value in abs_rel, sq_rel and rmse, and is no hit of
+            delta. "clip": it becomes `MIN_DEPTH`, which is no hit either, as in Marigold's code; that also clips to the
+            data set's depth range before: for that give `np.clip(prediction, near, far)`. "hit": as "error", but d < 0
+            is a hit of delta, as in MoGe's code, where max(d / g, g / d) of it is negative and so below any threshold.
+            In the logarithms it is `MIN_DEPTH` whatever is chosen.
 
     A prediction that is not finite is depth 0, which means missing in this package: its relative error is 1.
 
@@ -50,10 +54,10 @@ def depth_metrics(prediction, truth, mask=None, negative="error"):
             nonfinite: among `pixels`, the predictions NaN or infinite
             nonpositive: among `pixels`, the finite predictions d <= 0
 
-    Raises ValueError when the arrays do not fit together, no pixel has true depth, or `negative` is neither of both.
+    Raises ValueError when the arrays do not fit together, no pixel has true depth, or `negative` is none of these.
     """
-    if negative not in ("error", "clip"):
-        raise ValueError(f'negative={negative!r} must be "error" or "clip"')
+    if negative not in NEGATIVE:
+        raise ValueError(f'negative={negative!r} must be "error", "clip" or "hit"')
     prediction, truth = checked_maps(prediction, truth, mask)
     valid = truth > 0
     d, g = prediction[valid].astype(np.float64), truth[valid].astype(np.float64)
@@ -66,6 +70,8 @@ def depth_metrics(prediction, truth, mask=None, negative="error"):
     # Not from log_error: its rounding would move ratios that are 1.25 exactly.
     ratio = np.full(d.shape, np.inf)
     ratio[positive] = np.maximum(d[positive] / g[positive], g[positive] / d[positive])
+    if negative == "hit":
+        ratio[d < 0] = -1
     return {
         "abs_rel": float(np.mean(np.abs(error) / g)),
         "sq_rel": float(np.mean(error**2 / g)),

@@ -3,7 +3,7 @@
     python tests/benchmarks/alignment.py [--height 1365] [--width 2048] [--rounds 5]
 
 Prints the median time of each alignment; of those with a subsample, on the 64x64 subsample and on all pixels. Goal for
-2048x1365 pixels: affine_robust on all pixels below 2 s on two CPU cores.
+2048x1365 pixels: robust on all pixels below 2 s on two CPU cores.
 """
 
 import argparse
@@ -31,7 +31,7 @@ prediction[rng.random(truth.shape) < 0.05] = 9
 truth[rng.random(truth.shape) < 0.1] = 0
 
 runs = {name: partial(align, prediction, truth) for name, align in ALIGNMENTS.items()}
-for name in ("affine_robust", "scale"):
+for name in ("robust", "scale"):
     runs[f"{name}, all pixels"] = partial(ALIGNMENTS[name], prediction, truth, grid=None)
 
 print(f"{arguments.width}x{arguments.height}, {np.count_nonzero(truth)} pixels with true depth")
