@@ -181,7 +181,7 @@ def drift(pipe: ModalityForcingPipeline, base: Flux2KleinPipeline, source, count
     """How far the RGB velocity moved from the base's: ||v - v_base||^2 / ||v_base||^2, depth being pure noise."""
     samples = [source[i] for i in range(count)]
     latents = image_to_tokens(pipe.vae, torch.stack([sample["image"] for sample in samples]))
-    prompt_embeds, _ = pipe.encode_prompt([sample["caption"] for sample in samples], do_classifier_free_guidance=False)
+    prompt_embeds, _ = pipe.encode_prompt([sample["caption"] for sample in samples])
     patch_size = pipe.depth_processor.config.patch_size
     height, width = samples[0]["image"].shape[-2:]
     grid = {"rows": height // patch_size, "columns": width // patch_size}
@@ -228,21 +228,19 @@ def made_images(pipe: ModalityForcingPipeline, source, config: ClaimsConfig, giv
             output_type="pt",
         )
         seen = pipe(image=made.images, num_inference_steps=4, generator=generators(), output_type="np").depth
-        yield from zip(depth[:, 0].numpy() if gives_depth else made.depth.numpy(), seen)
+        yield from zip((depth if gives_depth else made.depth)[:, 0].numpy(), seen)
 
 
 def joint(pipe, source, config: ClaimsConfig, log2_alpha: float) -> dict[str, float]:
     """How far the depth of joint generation is from what image -> depth says of the generated image."""
-    return mean_metrics(
-        [depth_error(made, seen) for made, seen in made_images(pipe, source, config, False, log2_alpha)]
-    )
+    pairs = made_images(pipe, source, config, False, log2_alpha)
+    return mean_metrics([depth_error(made, seen) for made, seen in pairs])
 
 
 def following(pipe, source, config: ClaimsConfig, log2_alpha: float | None) -> dict[str, float]:
     """How far the depth seen in an image made from depth is from the given one."""
-    return mean_metrics(
-        [depth_error(seen, given) for given, seen in made_images(pipe, source, config, True, log2_alpha)]
-    )
+    pairs = made_images(pipe, source, config, True, log2_alpha)
+    return mean_metrics([depth_error(seen, given) for given, seen in pairs])
 
 
 def not_following(pipe, source, config: ClaimsConfig) -> dict[str, float]:
