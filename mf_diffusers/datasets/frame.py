@@ -1,8 +1,10 @@
 """What every reader of a data set yields."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 
 @dataclass
@@ -51,3 +53,35 @@ class Frame:
     def mask(self):
         """bool (H, W), True where the depth is known and finite."""
         return np.isfinite(self.depth) & (self.depth > 0)
+
+    def turned(self, quarters):
+        """The frame after as many quarter turns clockwise, camera included."""
+        frame = self
+        for _ in range(quarters % 4):
+            intrinsics = frame.intrinsics
+            if intrinsics is not None:  # x' = H - 1 - y, y' = x in the picture; X' = -Y, Y' = X in space
+                pixels = np.array([[0, -1, len(frame.depth) - 1], [1, 0, 0], [0, 0, 1]])
+                space = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])
+                intrinsics = (pixels @ intrinsics @ space.T).astype(np.float32)
+            image, depth = (np.ascontiguousarray(np.rot90(array, -1)) for array in (frame.image, frame.depth))
+            frame = replace(frame, image=image, depth=depth, intrinsics=intrinsics)
+        return frame
+
+    def within(self, max_pixels):
+        """The frame, made smaller where it has more than `max_pixels` pixels; its aspect ratio stays (to a pixel).
+
+        The picture is resampled without aliasing, depth takes the nearest pixel, so that no value is invented.
+        """
+        height, width = self.depth.shape
+        factor = math.sqrt(max_pixels / (height * width))
+        if factor >= 1:
+            return self
+        size = max(1, int(width * factor)), max(1, int(height * factor))
+        scale = size[0] / width, size[1] / height
+        columns, rows = (((np.arange(n) + 0.5) / s).astype(int) for n, s in zip(size, scale))
+        intrinsics = self.intrinsics
+        if intrinsics is not None:
+            half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # to pixels whose corners are whole numbers
+            intrinsics = (np.linalg.inv(half) @ np.diag([*scale, 1]) @ half @ intrinsics).astype(np.float32)
+        image = np.asarray(Image.fromarray(self.image).resize(size, Image.Resampling.LANCZOS))
+        return replace(self, image=image, depth=self.depth[np.ix_(rows, columns)], intrinsics=intrinsics)
