@@ -115,9 +115,9 @@ def modality_forcing_loss(
     """
     Velocity loss of RGB and of depth, and self-distillation (paper, sections on the objective and on FLUX.2).
 
-    The transformer returns RGB as a velocity, also where it predicts clean latents (the from-scratch family). Depth is a
-    prediction of the clean tokens, compared as velocities, on valid pixels only. A modality that is clean pays nothing.
-    Every sample counts alike, however many of its pixels are valid.
+    The transformer returns RGB as a velocity, also where it predicts clean latents (the from-scratch family). Depth is
+    a prediction of the clean tokens, compared as velocities, on valid pixels only. A modality that is clean pays
+    nothing. Every sample counts alike, however many of its pixels are valid.
 
     Args:
         transformer: the model in training.
