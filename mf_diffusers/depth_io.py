@@ -66,21 +66,13 @@ def read_depth(path, scale=None, invalid=None, key=None):
     suffix of another format, a damaged file, a coloured picture, a missing key, an array of other than (H, W),
     (1, H, W) or (H, W, 1) numbers.
     """
-    path = _existing_file(path)
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
-        raise ValueError(f"{path}: no depth format has the suffix {path.suffix!r}; use {', '.join(DEPTH_SUFFIXES)}")
-    if key is not None and suffix not in (".npz", ".exr"):
-        raise ValueError(f"{path}: key={key!r} picks from an .npz or .exr file; leave it out for {suffix}")
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"{path}: scale={scale!r} must be a positive number, e.g. 1/1000 for millimetres")
+    stored, noted_scale = _read_stored(path, key)
     try:
-        stored, noted_scale = _READERS[suffix](path, key)
         depth = _scaled(stored, _noted_scale(noted_scale) if scale is None else scale, invalid)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except Exception as error:  # decoders meet damaged files with errors of many types
-        raise ValueError(f"{path}: damaged, or not the {suffix} file that its name says: {error}") from error
     if stored.dtype == np.uint8:
         warnings.warn(
             f"{path}: 8-bit depth has only 256 levels; give 16-bit PNG or float depth if there is any",
@@ -88,6 +80,30 @@ def read_depth(path, scale=None, invalid=None, key=None):
             stacklevel=2,
         )
     return depth
+
+
+def read_values(path, key=None):
+    """The numbers in a depth file whatever they mean: relative depth and disparity may well be 0 or negative.
+
+    Args:
+        path, key: as for `read_depth`.
+
+    Returns:
+        float32 (H, W), NaN where there is no value: what is not finite, and 0 in files of whole numbers, which have no
+        other way to say so. The scale noted in a PNG is applied.
+
+    Raises FileNotFoundError and ValueError as `read_depth` does.
+    """
+    stored, noted_scale = _read_stored(path, key)
+    try:
+        if stored.ndim == 3 and 1 in (stored.shape[0], stored.shape[-1]):
+            stored = stored.squeeze(0 if stored.shape[0] == 1 else -1)
+        if stored.ndim != 2 or stored.dtype.kind not in "uif":
+            raise ValueError(f"an array of shape {stored.shape}, {stored.dtype} is no map; write real numbers (H, W)")
+        values = (stored * _noted_scale(noted_scale)).astype(np.float32)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return np.where(np.isfinite(values) & ((stored != 0) | (stored.dtype.kind == "f")), values, np.float32(np.nan))
 
 
 def write_depth(path, depth):
@@ -150,6 +166,22 @@ def _existing_file(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     return path
+
+
+def _read_stored(path, key):
+    """The stored numbers, and the text of the scale that the file notes or None."""
+    path = _existing_file(path)
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise ValueError(f"{path}: no depth format has the suffix {path.suffix!r}; use {', '.join(DEPTH_SUFFIXES)}")
+    if key is not None and suffix not in (".npz", ".exr"):
+        raise ValueError(f"{path}: key={key!r} picks from an .npz or .exr file; leave it out for {suffix}")
+    try:
+        return _READERS[suffix](path, key)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # decoders meet damaged files with errors of many types
+        raise ValueError(f"{path}: damaged, or not the {suffix} file that its name says: {error}") from error
 
 
 def _scaled(stored, scale, invalid):

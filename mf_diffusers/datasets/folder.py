@@ -22,8 +22,9 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
-from mf_diffusers.datasets.frame import Frame
 from mf_diffusers.depth_io import read_depth, read_image
+
+from .frame import Frame
 
 
 METADATA = "metadata.jsonl"
