@@ -1,0 +1,421 @@
+"""Modality Forcing as a model of ComfyUI: FLUX.2 with a depth stream, for the stock loaders, samplers and LoRAs.
+
+Built on ComfyUI's own FLUX.2 blocks and `operations`, so that its memory management, weight patches and storage dtypes
+apply. Published names are ComfyUI's names: mf_diffusers' conversion is the only table of keys.
+"""
+
+import math
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.supported_models
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from comfy.ldm.flux.layers import (
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    Modulation,
+    ModulationOut,
+    QKNorm,
+    SelfAttention,
+    SingleStreamBlock,
+    apply_mod,
+    build_mlp,
+)
+from comfy.ldm.flux.math import attention
+from comfy.ldm.flux.model import Flux
+
+from .streams import DEFAULT_LOG2_ALPHA, Streams
+
+
+SHIFT_MU = 1.1  # of both schedules of the published model
+QK_NORM_EPS = 1e-6  # where ComfyUI's own FLUX.2 takes the dtype's epsilon
+
+
+class DepthDoubleStreamBlock(DoubleStreamBlock):
+    """FLUX.2 double-stream block with a third stream, for depth: joint attention over [text, image, depth]."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio, dtype=None, device=None, operations=None):
+        factory = {"dtype": dtype, "device": device, "operations": operations}
+        super().__init__(
+            hidden_size, num_heads, mlp_ratio, modulation=False, mlp_silu_act=True, proj_bias=False, **factory
+        )
+        norm = {"elementwise_affine": False, "eps": 1e-6, "dtype": dtype, "device": device}
+        self.depth_norm1 = operations.LayerNorm(hidden_size, **norm)
+        self.depth_attn = SelfAttention(hidden_size, num_heads, proj_bias=False, **factory)
+        self.depth_norm2 = operations.LayerNorm(hidden_size, **norm)
+        self.depth_mlp = build_mlp(hidden_size, int(hidden_size * mlp_ratio), mlp_silu_act=True, **factory)
+
+    def forward(self, streams: dict, modulation: dict, pe: torch.Tensor, transformer_options: dict) -> dict:
+        """`streams` and `modulation` by "txt", "img", "depth", in the order of attention; (B, L, D) each."""
+        queries, keys, values = zip(*(self.project(name, x, modulation[name][0]) for name, x in streams.items()))
+        joint = attention(
+            torch.cat(queries, dim=2),
+            torch.cat(keys, dim=2),
+            torch.cat(values, dim=2),
+            pe=pe,
+            transformer_options=transformer_options,
+        )
+        attended = joint.split([x.shape[1] for x in streams.values()], dim=1)
+        return {name: self.update(name, x, out, *modulation[name]) for (name, x), out in zip(streams.items(), attended)}
+
+    def project(self, name: str, x: torch.Tensor, mod: ModulationOut) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values (B, heads, L, D / heads) of one stream."""
+        norm, attn = getattr(self, f"{name}_norm1"), getattr(self, f"{name}_attn")
+        qkv = attn.qkv(apply_mod(norm(x), 1 + mod.scale, mod.shift))
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return *attn.norm(query, key, value), value
+
+    def update(
+        self, name: str, x: torch.Tensor, attended: torch.Tensor, mod1: ModulationOut, mod2: ModulationOut
+    ) -> torch.Tensor:
+        norm, attn, mlp = (getattr(self, f"{name}_{part}") for part in ("norm2", "attn", "mlp"))
+        x = x + mod1.gate * attn.proj(attended)
+        return x + mod2.gate * mlp(apply_mod(norm(x), 1 + mod2.scale, mod2.shift))
+
+
+class DepthFlux(Flux):
+    r"""
+    The FLUX.2 transformer joined by a depth stream, with a noise level of its own for each modality.
+
+    Args:
+        hidden_size, num_heads, mlp_ratio, depth, depth_single_blocks, ...: as in ComfyUI's `Flux`; `depth` counts the
+            double-stream blocks.
+        depth_channels (`int`): Values per depth token, the square of its side in pixels.
+        num_depth_decoder_layers (`int`): Blocks of the depth decoder.
+        depth_timestep_mixing (`bool`): Whether the streams hear each other's noise level.
+    """
+
+    def __init__(
+        self,
+        depth_channels: int,
+        num_depth_decoder_layers: int,
+        depth_timestep_mixing: bool,
+        depth: int,
+        dtype=None,
+        device=None,
+        operations=None,
+        **flux,
+    ):
+        from mf_diffusers import DepthProcessor
+
+        factory = {"dtype": dtype, "device": device, "operations": operations}
+        super().__init__(depth=0, **factory, **flux)
+        dim, heads, ratio = self.hidden_size, self.num_heads, self.params.mlp_ratio
+        self.depth_processor = DepthProcessor(patch_size=math.isqrt(depth_channels))
+        self.double_blocks = nn.ModuleList(DepthDoubleStreamBlock(dim, heads, ratio, **factory) for _ in range(depth))
+        self.depth_decoder_blocks = nn.ModuleList(
+            SingleStreamBlock(dim, heads, ratio, modulation=False, mlp_silu_act=True, bias=False, **factory)
+            for _ in range(num_depth_decoder_layers)
+        )
+        self.depth_in = operations.Linear(depth_channels, dim, bias=False, dtype=dtype, device=device)
+        self.time_in_depth = MLPEmbedder(256, dim, bias=False, **factory)
+        self.depth_timestep_mixing = depth_timestep_mixing
+        if depth_timestep_mixing:
+            self.time_in_depth_to_img = MLPEmbedder(256, dim, bias=False, **factory)
+            self.time_in_rgb_to_depth = MLPEmbedder(256, dim, bias=False, **factory)
+            self.cross_alpha_img = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+            self.cross_alpha_depth = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+        self.double_stream_modulation_depth = Modulation(dim, double=True, bias=False, **factory)
+        self.single_stream_modulation_depth = Modulation(dim, double=False, bias=False, **factory)
+        self.depth_decoder_modulation = Modulation(dim, double=False, bias=False, **factory)
+        # In bfloat16 the depth comes out in bands.
+        self.depth_final_layer = LastLayer(
+            dim, 1, depth_channels, bias=False, dtype=torch.float32, device=device, operations=operations
+        )
+        for module in self.modules():
+            if isinstance(module, QKNorm):
+                module.query_norm.eps = module.key_norm.eps = QK_NORM_EPS
+
+    def forward(self, x, timestep, context, transformer_options=None, **kwargs):
+        """
+        Args:
+            x: image latents (B, C, h, w) and depth map (B, 1, H, W) in model space, in the body's dtype.
+            timestep: noise levels of the two in [0, 1], (B,) each.
+            context: text features (B, L, D).
+
+        Returns:
+            RGB velocity (B, C, h, w) and clean depth (B, 1, H, W), float32.
+        """
+        transformer_options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
+        )
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, transformer_options, **kwargs)
+
+    def _forward(self, x, timestep, context, transformer_options, **kwargs):
+        from mf_diffusers.modality_forcing.latent_tokens import position_ids
+
+        image, depth = x
+        rows, columns = image.shape[-2:]
+        # 1. Noise levels and modulation
+        vec, depth_vec = self.embed_timesteps(*timestep, image.dtype)
+        modulation = {
+            "txt": self.double_stream_modulation_txt(vec),
+            "img": self.double_stream_modulation_img(vec),
+            "depth": self.double_stream_modulation_depth(depth_vec),
+        }
+        single_mod = self.single_stream_modulation(vec)[0]
+        single_depth_mod = self.single_stream_modulation_depth(depth_vec)[0]
+
+        # 2. Input projections and positions
+        streams = {
+            "txt": self.txt_in(context),
+            "img": self.img_in(image.flatten(2).transpose(1, 2)),
+            "depth": self.depth_in(self.depth_processor.patchify(depth)),
+        }
+        lengths = [x.shape[1] for x in streams.values()]
+        ids = [
+            position_ids(length=lengths[0]),
+            position_ids(rows=rows, columns=columns),
+            position_ids(time=1, rows=rows, columns=columns),
+        ]
+        pe = self.pe_embedder(torch.cat(ids, dim=1).to(image.device))
+
+        # 3. Double-stream blocks, then single-stream blocks over [text, image, depth]
+        options = transformer_options | {"total_blocks": len(self.double_blocks), "block_type": "double"}
+        for i, block in enumerate(self.double_blocks):
+            streams = block(streams, modulation, pe, options | {"block_index": i})
+        hidden = torch.cat(list(streams.values()), dim=1)
+        # A token is modulated by the level of its own modality; text goes with RGB.
+        mod = ModulationOut(
+            *(
+                torch.cat([getattr(single_mod, x), getattr(single_depth_mod, x)], dim=1)
+                for x in ("shift", "scale", "gate")
+            )
+        )
+        start, end = lengths[0] + lengths[1], sum(lengths)
+        options = transformer_options | {"total_blocks": len(self.single_blocks), "block_type": "single"}
+        for i, block in enumerate(self.single_blocks):
+            hidden = block(
+                hidden,
+                mod,
+                pe,
+                modulation_dims=[(0, start, 0), (start, end, 1)],
+                transformer_options=options | {"block_index": i},
+            )
+        _, image_tokens, depth_tokens = hidden.split(lengths, dim=1)
+
+        # 4. RGB velocity
+        velocity = self.final_layer(image_tokens, vec).transpose(1, 2).unflatten(2, (rows, columns))
+
+        # 5. Depth decoder and clean depth
+        decoder_mod = self.depth_decoder_modulation(depth_vec)[0]
+        depth_tokens = depth_tokens.contiguous()  # the blocks add in place
+        for block in self.depth_decoder_blocks:
+            depth_tokens = block(depth_tokens, decoder_mod, pe[..., start:, :, :, :], transformer_options=options)
+        clean = self.depth_final_layer(depth_tokens.float(), depth_vec.float())
+        return velocity, self.depth_processor.unpatchify(clean, *depth.shape[-2:])
+
+    def embed_timesteps(
+        self, image_level: torch.Tensor, depth_level: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditioning vectors of image and depth, (B, D) each, in `dtype`."""
+        from mf_diffusers.modality_forcing.depth_stream import timestep_sinusoids
+
+        # Levels are rounded to the body's dtype first (published model).
+        image_proj, depth_proj = (
+            timestep_sinusoids(level.to(dtype) * 1000, 256).to(dtype) for level in (image_level, depth_level)
+        )
+        vec, depth_vec = self.time_in(image_proj), self.time_in_depth(depth_proj)
+        if self.depth_timestep_mixing:
+            vec = vec + self.cross_alpha_img.to(vec) * self.time_in_depth_to_img(depth_proj)
+            depth_vec = depth_vec + self.cross_alpha_depth.to(vec) * self.time_in_rgb_to_depth(image_proj)
+        return vec, depth_vec
+
+
+class RGBDLatentFormat(comfy.latent_formats.Flux2):
+    """
+    Image latents and a depth map, packed into one tensor (B, 1, N) while sampling; see [`Streams`].
+
+    ComfyUI asks a latent format for what leaves the sampler and for previews, but tells it neither shapes nor masks. So
+    the model notes the run's streams here as a run begins.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.taesd_decoder_name = None  # it decodes image latents alone
+        # The previewer projects what `preview` returns to colours, which it has already.
+        self.image_factors, self.image_bias = self.latent_rgb_factors, self.latent_rgb_factors_bias
+        self.latent_rgb_factors = torch.eye(3).tolist()
+        self.latent_rgb_factors_bias = None
+        self.latent_rgb_factors_reshape = self.preview
+        self.streams = self.given_latents = None
+
+    def start_run(self, streams: Streams, given_latents: torch.Tensor):
+        self.streams, self.given_latents = streams, given_latents
+
+    def process_out(self, latent: torch.Tensor) -> torch.Tensor:
+        """From the sampler's space to clean latents; given streams come back bit by bit."""
+        streams, device = self.streams, latent.device
+        clean = latent * streams.scale.to(device)
+        return torch.where(streams.given.to(device), self.given_latents.to(device), clean)
+
+    def preview(self, latent: torch.Tensor) -> torch.Tensor:
+        """The first sample of a packed latent (B, 1, N), image left and depth right: (1, 3, H, 2W) in -1..1."""
+        image, depth = (x[:1].float() for x in self.streams.split(self.process_out(latent)))
+        image = self.image_picture(image)
+        depth = 1 - F.interpolate(depth, image.shape[-2:], mode="area")  # near is bright: contracted depth is in 0..2
+        return torch.cat([image, depth.expand(-1, 3, -1, -1)], dim=-1)
+
+    def image_picture(self, latent: torch.Tensor) -> torch.Tensor:
+        """Image latents (1, C, h, w) to a coarse picture (1, 3, 2h, 2w); gray where a VAE's colours are not known."""
+        cells = F.pixel_shuffle(latent, 2)
+        if cells.shape[1] != len(self.image_factors):
+            return torch.zeros_like(cells[:, :1]).expand(-1, 3, -1, -1)
+        factors = torch.tensor(self.image_factors, dtype=cells.dtype, device=cells.device)
+        bias = torch.tensor(self.image_bias, dtype=cells.dtype, device=cells.device)
+        return torch.einsum("bchw,cd->bdhw", cells, factors) + bias.view(1, 3, 1, 1)
+
+
+class ModelSampling(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+    """FLUX.2's flow, which carries depth in a space of its own (see [`Streams`]): latents enter it here."""
+
+    def __init__(self, model_config, latent_format: RGBDLatentFormat):
+        super().__init__(model_config)
+        self.latent_format = latent_format
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return super().noise_scaling(sigma, noise, latent_image / self.latent_format.streams.scale, max_denoise)
+
+
+class ModalityForcing(comfy.model_base.Flux):
+    """
+    The model that ComfyUI samples: two streams in one nested latent.
+
+    `log2_alpha` is the trajectory; the node 'Modality Forcing Trajectory' patches it.
+    """
+
+    log2_alpha = DEFAULT_LOG2_ALPHA
+
+    def __init__(self, model_config, device=None):
+        super().__init__(model_config, device=device, unet_model=DepthFlux)
+        self.model_sampling = ModelSampling(model_config, self.latent_format)
+
+    def encode_adm(self, **kwargs):
+        return None  # FLUX.2 has no pooled text
+
+    def extra_conds(self, **kwargs):
+        shapes = kwargs.get("latent_shapes") or ()
+        token = self.latent_format.spacial_downscale_ratio
+        fits = (
+            len(shapes) == 2
+            and all(len(shape) == 4 for shape in shapes)
+            and shapes[0][1] == self.latent_format.latent_channels
+            and tuple(shapes[1][1:]) == (1, token * shapes[0][2], token * shapes[0][3])
+        )
+        if not fits:
+            raise ValueError(
+                f"The latent has shapes {[list(shape) for shape in shapes]}, but this Modality Forcing model needs image "
+                f"latents (B, {self.latent_format.latent_channels}, h, w) with depth (B, 1, {token} h, {token} w): "
+                "connect 'Empty RGB-D Latent' or 'Encode RGB-D' to the sampler."
+            )
+        for name, what in (("reference_latents", "reference latents"), ("control", "a ControlNet")):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"A Modality Forcing model takes no {what}: remove that node; 'Encode RGB-D' gives images and depth."
+                )
+        given, noise, mask = kwargs["latent_image"], kwargs["noise"], kwargs.get("denoise_mask")
+        mask = torch.ones_like(noise) if mask is None else mask
+        self.latent_format.start_run(Streams(shapes, mask, self.log2_alpha), given)
+        out = {
+            name: comfy.conds.CONDRegular(tensor)
+            for name, tensor in (("given", given), ("given_noise", noise), ("given_mask", mask))
+        }
+        out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
+        if kwargs.get("cross_attn") is not None:
+            out["c_crossattn"] = comfy.conds.CONDRegular(kwargs["cross_attn"])
+        return out
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+        """Clean latents as the sampler carries them (B, 1, N), from its state `x` at the noise level `t` (B,)."""
+        from mf_diffusers.modality_forcing.noise import velocity_from_clean
+
+        dtype, given = self.get_dtype_inference(), kwargs["given"]
+        streams = Streams(kwargs["latent_shapes"], kwargs["given_mask"], self.log2_alpha)
+        image, depth = streams.to_model(x, t, given, kwargs["given_noise"])
+        image_level, depth_level = streams.levels(t)
+        velocity, clean_depth = self.diffusion_model(
+            [image.to(dtype), depth.to(dtype)],
+            [image_level, depth_level],
+            context=comfy.model_management.cast_to_device(c_crossattn, x.device, dtype),
+            transformer_options=transformer_options,
+        )
+        depth_velocity = velocity_from_clean(depth, clean_depth, depth_level)
+        return streams.to_sampler(
+            image - image_level.view(-1, 1, 1, 1) * velocity.float(),
+            depth - depth_level.view(-1, 1, 1, 1) * depth_velocity,
+            given,
+        )
+
+
+class ModalityForcingConfig(comfy.supported_models.Flux2):
+    """Recognises the weights of a Modality Forcing transformer, and builds the model for them."""
+
+    required_keys = {"depth_in.weight": None}
+    sampling_settings = {"shift": SHIFT_MU}
+    latent_format = RGBDLatentFormat
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]  # float16 overflows
+
+    def get_model(self, state_dict, prefix="", device=None):
+        config = detect_config(state_dict, prefix)
+        self.unet_config |= config
+        self.latent_format.latent_channels = config["in_channels"]
+        self.latent_format.spacial_downscale_ratio = math.isqrt(config["depth_channels"])
+        # ComfyUI counts the N entries of a packed latent; memory goes with tokens, one of image and one of depth.
+        self.memory_usage_factor *= 2 / (config["in_channels"] + config["depth_channels"])
+        return ModalityForcing(self, device=device)
+
+    def process_unet_state_dict(self, state_dict):
+        state_dict = super().process_unet_state_dict(state_dict)
+        return {
+            key: tensor.float() if key.startswith("depth_final_layer.") and key.endswith(".weight") else tensor
+            for key, tensor in state_dict.items()
+        }
+
+
+def detect_config(state_dict: dict, prefix: str = "") -> dict:
+    """
+    Constructor arguments of [`DepthFlux`], every dimension read off the shapes.
+
+    Raises:
+        ValueError: keys are missing, or the model is distilled for guidance.
+    """
+    from mf_diffusers.modality_forcing.conversion import convert_published_transformer
+
+    # Scales and the like of quantised files have no place in the published layout.
+    shapes = {
+        key.removeprefix(prefix): torch.empty(tensor.shape, device="meta")
+        for key, tensor in state_dict.items()
+        if key.startswith(prefix) and (key.endswith((".weight", "_norm.scale")) or "cross_alpha_" in key)
+    }
+    config, _ = convert_published_transformer(shapes)
+    if config["guidance_embeds"]:
+        raise ValueError("A guidance-distilled transformer (guidance_in.*) is not supported: take a base model.")
+    return {
+        "in_channels": config["in_channels"],
+        "out_channels": config["in_channels"],
+        "hidden_size": config["num_attention_heads"] * config["attention_head_dim"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": config["mlp_ratio"],
+        "context_in_dim": config["joint_attention_dim"],
+        "axes_dim": list(config["axes_dims_rope"]),
+        "depth": config["num_layers"],
+        "depth_single_blocks": config["num_single_layers"],
+        "depth_channels": config["depth_channels"],
+        "num_depth_decoder_layers": config["num_depth_decoder_layers"],
+        "depth_timestep_mixing": config["depth_timestep_mixing"],
+    }
+
+
+def register():
+    """Puts the model first among those that ComfyUI knows: FLUX.2's own entry would match these weights too."""
+    if ModalityForcingConfig not in comfy.supported_models.models:
+        comfy.supported_models.models.insert(0, ModalityForcingConfig)
