@@ -313,14 +313,14 @@ class ModalityForcing(comfy.model_base.Flux):
         )
         if not fits:
             raise ValueError(
-                f"The latent has shapes {[list(shape) for shape in shapes]}, but this Modality Forcing model needs image "
+                f"The latent has shapes {[list(shape) for shape in shapes]}, but this Modality Forcing model takes image "
                 f"latents (B, {self.latent_format.latent_channels}, h, w) with depth (B, 1, {token} h, {token} w): "
                 "connect 'Empty RGB-D Latent' or 'Encode RGB-D' to the sampler."
             )
         for name, what in (("reference_latents", "reference latents"), ("control", "a ControlNet")):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"A Modality Forcing model takes no {what}: remove that node; 'Encode RGB-D' gives images and depth."
+                    f"A Modality Forcing model takes no {what}: remove that node, and give images by 'Encode RGB-D'."
                 )
         given, noise, mask = kwargs["latent_image"], kwargs["noise"], kwargs.get("denoise_mask")
         mask = torch.ones_like(noise) if mask is None else mask

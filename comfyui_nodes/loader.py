@@ -1,0 +1,245 @@
+"""A Modality Forcing pipeline in diffusers' layout as ComfyUI's MODEL, CLIP and VAE."""
+
+import contextlib
+import json
+import logging
+import math
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models_base
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders.flux import Flux2TEModel
+from comfy.text_encoders.llama import BaseLlama, Llama2_, Qwen3_4BConfig
+
+
+TEXT_ENCODER = "qwen3"
+# Geometry of FLUX.2's own autoencoder, which ComfyUI has a class for.
+FLUX2_AUTOENCODER = {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32, "mid_block_add_attention": True}
+
+
+def load_pipeline(folder: Path):
+    """
+    Args:
+        folder: what `ModalityForcingPipeline.save_pretrained` wrote.
+
+    Returns:
+        ModelPatcher; CLIP, or `None` where the pipeline has no text encoder; VAE.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: a file is damaged or does not hold what it should.
+    """
+    index = _read_json(folder / "model_index.json")
+    model = load_model(folder)
+    model.model.sample_size = index["default_sample_size"]
+    model.model.log2_alpha = index["default_log2_alpha"]
+    clip = load_clip(folder, index) if index["text_encoder"][1] else None
+    vae = load_vae(folder / "vae")
+    if isinstance(vae.first_stage_model, DiffusersAutoencoder):
+        latent_format = model.model.latent_format
+        latent_format.image_factors, latent_format.image_bias = preview_colours(vae.first_stage_model)
+    return model, clip, vae
+
+
+def load_model(folder: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    from mf_diffusers.modality_forcing.conversion import export_published_transformer
+
+    weights = export_published_transformer(_load_weights(folder / "transformer"), prefix="")
+    model = comfy.sd.load_diffusion_model_state_dict(weights, disable_dynamic=disable_dynamic)
+    shift, depth_shift = (
+        _read_json(folder / name / "scheduler_config.json")["shift"] for name in ("scheduler", "depth_scheduler")
+    )
+    if shift != depth_shift:
+        raise ValueError(
+            f"{folder}: ComfyUI walks one schedule, but image and depth have shifts {shift}, {depth_shift}."
+        )
+    model.model.model_sampling.set_parameters(shift=math.log(shift))
+    model.cached_patcher_init = (load_model, (folder,))
+    return model
+
+
+# The text encoder: Qwen3 of any size, on ComfyUI's own layers
+
+
+class Qwen3(BaseLlama, nn.Module):
+    """Qwen3 as `config.json` describes it."""
+
+    def __init__(self, config_dict, dtype, device, operations):
+        super().__init__()
+        config = Qwen3_4BConfig(
+            **{key: config_dict[key] for key in Qwen3_4BConfig.__annotations__ if key in config_dict}
+        )
+        config.head_dim = config_dict["head_dim"]
+        if "rope_parameters" in config_dict:  # where transformers writes it since its version 5
+            config.rope_theta = config_dict["rope_parameters"]["rope_theta"]
+        self.num_layers = config.num_hidden_layers
+        self.model = Llama2_(config, device=device, dtype=dtype, ops=operations)
+        self.dtype = dtype
+
+
+class ChatTokenizer:
+    """Prompts as chat turns, padded to one length: what `mf_diffusers` does to them."""
+
+    def __init__(self, folder: Path, length: int):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.length = length
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict:
+        turn = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        tokens = self.tokenizer(turn)["input_ids"]
+        if len(tokens) > self.length:
+            logging.warning(
+                f"The prompt has {len(tokens)} tokens, the text encoder takes {self.length}: the rest is cut off."
+            )
+        tokens = (tokens + [self.tokenizer.pad_token_id] * self.length)[: self.length]
+        return {TEXT_ENCODER: [[(token, 1.0, 0) if return_word_ids else (token, 1.0) for token in tokens]]}
+
+    def untokenize(self, token_weight_pair):
+        return [(pair, self.tokenizer.convert_ids_to_tokens(pair[0])) for pair in token_weight_pair]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def state_dict(self):
+        return {}
+
+
+def load_clip(folder: Path, index: dict) -> comfy.sd.CLIP:
+    config = _read_json(folder / "text_encoder" / "config.json")
+    weights = _load_weights(folder / "text_encoder")
+    tokenizer = ChatTokenizer(folder / "tokenizer", index["max_sequence_length"])
+
+    def clip_model(device="cpu", dtype=None, model_options={}):  # noqa: B006
+        return SDClipModel(
+            device=device,
+            dtype=dtype,
+            layer=list(index["text_encoder_out_layers"]),
+            textmodel_json_config=dict(config),
+            special_tokens={"pad": tokenizer.tokenizer.pad_token_id},
+            layer_norm_hidden_state=False,
+            model_class=Qwen3,
+            enable_attention_masks=True,
+            return_attention_masks=True,
+            model_options=model_options,
+        )
+
+    def text_encoder(device="cpu", dtype=None, model_options={}):  # noqa: B006
+        return Flux2TEModel(device, dtype, model_options, name=TEXT_ENCODER, clip_model=clip_model)
+
+    target = comfy.supported_models_base.ClipTarget(lambda **kwargs: tokenizer, text_encoder)
+    return comfy.sd.CLIP(
+        target,
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        state_dict=[weights],
+        model_options={"dtype": weights["model.embed_tokens.weight"].dtype},
+    )
+
+
+# The autoencoder: ComfyUI's where it has one of that geometry, otherwise diffusers'
+
+
+class DiffusersAutoencoder(nn.Module):
+    """An `AutoencoderKLFlux2` of any geometry behind the interface that ComfyUI's VAE expects."""
+
+    def __init__(self, autoencoder):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> whitened latents (B, C, h, w)."""
+        from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens
+
+        token = self.token_size
+        return image_to_tokens(self.autoencoder, images).transpose(1, 2).unflatten(2, (images.shape[-2] // token, -1))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Whitened latents (B, C, h, w) -> (B, 3, H, W) in [-1, 1]."""
+        from mf_diffusers.modality_forcing.latent_tokens import decode_latents, tokens_to_latents
+
+        tokens = latents.flatten(2).transpose(1, 2)
+        return decode_latents(self.autoencoder, tokens_to_latents(self.autoencoder, tokens, *latents.shape[-2:]))
+
+    @property
+    def token_size(self) -> int:
+        return 2 ** len(self.autoencoder.config.block_out_channels)
+
+    @property
+    def channels(self) -> int:
+        return 4 * self.autoencoder.config.latent_channels
+
+
+def load_vae(folder: Path) -> comfy.sd.VAE:
+    from diffusers import AutoencoderKLFlux2
+
+    config = _read_json(folder / "config.json")
+    if all(config[key] == value for key, value in FLUX2_AUTOENCODER.items()):
+        return comfy.sd.VAE(sd=_load_weights(folder))
+    module = DiffusersAutoencoder(AutoencoderKLFlux2.from_pretrained(folder, local_files_only=True)).eval()
+    with _quiet():  # it warns that it has no weights: they come with the module
+        vae = comfy.sd.VAE(sd={})
+    vae.first_stage_model = module
+    vae.downscale_ratio = vae.upscale_ratio = module.token_size
+    vae.latent_channels = module.channels
+    vae.process_input = lambda image: image
+    vae.device, vae.output_device = comfy.model_management.vae_device(), comfy.model_management.intermediate_device()
+    vae.vae_dtype = torch.float32
+    vae.disable_offload = True  # its layers are torch's own, which cannot be loaded in part
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        module, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+    )
+    vae.model_size()
+    return vae
+
+
+@torch.no_grad()
+def preview_colours(autoencoder: DiffusersAutoencoder, side: int = 8) -> tuple[list, list]:
+    """
+    The linear map from a latent cell to its colour in -1..1 that fits random latents best, for previews.
+
+    Returns:
+        Factors (C / 4, 3) and bias (3,).
+    """
+    latents = torch.randn(8, autoencoder.channels, side, side, generator=torch.Generator().manual_seed(0))
+    colours = F.adaptive_avg_pool2d(autoencoder.decode(latents), 2 * side).movedim(1, -1).reshape(-1, 3)
+    cells = F.pixel_shuffle(latents, 2).movedim(1, -1).reshape(len(colours), -1)
+    cells = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)
+    solution = torch.linalg.lstsq(cells, colours).solution
+    return solution[:-1].tolist(), solution[-1].tolist()
+
+
+def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder's safetensors files: one, or several shards."""
+    from mf_diffusers.modality_forcing.conversion import load_safetensors
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no .safetensors file: save or download the pipeline again.")
+    weights = {}
+    for file in files:
+        weights |= load_safetensors(file)
+    return weights
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: save or download the pipeline again.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _quiet():
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
