@@ -42,7 +42,7 @@ class NYUv2(Dataset):
     def _find(self):
         from scipy.io import loadmat
 
-        return [f"{number:04}" for number in loadmat(self.root / "splits.mat")[f"{self.split}Ndxs"].ravel()]
+        return [f"{number:04}" for number in loadmat(str(self.root / "splits.mat"))[f"{self.split}Ndxs"].ravel()]
 
     @cached_property
     def _file(self):
