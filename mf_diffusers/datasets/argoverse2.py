@@ -11,7 +11,7 @@ Source: https://www.argoverse.org/av2.html, https://github.com/argoverse/av2-api
 Ten sweeps a second are compensated for the motion of the vehicle within them; pictures are undistorted (k1 to k3 belong
 to the lenses before that and are not applied). A frame is a picture within 25 ms of a sweep. The sweep is moved by the
 motion of the vehicle between both times, projected, and the nearest point of each pixel kept: depth is z-depth in
-metres and sparse, about one pixel in a hundred. float16 rounds coordinates beyond 64 m to 6 cm.
+metres and sparse, about one pixel in two hundred. float16 rounds coordinates beyond 64 m to 6 cm.
 """
 
 from functools import lru_cache

@@ -8,14 +8,15 @@ Dataset Governance Policy format of https://github.com/TRI-ML/dgp; CC BY-NC 4.0.
     ROOT/**/scene_000000/calibration/*.json                        "names", and in the same order "intrinsics"
 
 Depth is z-depth in metres. The sky lies at some great distance: from 1000 m on depth counts as infinite. Cameras are
-pinhole cameras, fx, fy, cx, cy in pixels.
+pinhole cameras, fx, fy, cx, cy in pixels. The alpha channel that pictures may have is dropped.
 """
 
 import json
 
 import numpy as np
+from PIL import Image
 
-from .dataset import Dataset, pinhole, read_rgb
+from .dataset import Dataset, pinhole
 from .frame import Frame
 
 
@@ -39,5 +40,6 @@ class ParallelDomain(Dataset):
         (path,) = (self.root / scene / "calibration").glob("*.json")
         calibration = json.loads(path.read_text())
         lens = calibration["intrinsics"][calibration["names"].index(camera)]
-        image = read_rgb(self.root / scene / "rgb" / camera / f"{number}.png")
+        with Image.open(self.root / scene / "rgb" / camera / f"{number}.png") as picture:
+            image = np.asarray(picture.convert("RGB"))
         return Frame(name, image, depth, pinhole(*(lens[p] for p in ("fx", "fy", "cx", "cy"))))
