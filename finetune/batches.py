@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from finetune.data import ReadReport, Source, WebDatasetSource
+from finetune.sparsify import thin
 from mf_diffusers.modality_forcing.image_processor import processing_size, resize
 
 
@@ -30,6 +31,8 @@ class LoaderConfig:
         seed: of the flips.
         workers: DataLoader workers of each process; 0 reads in the process itself.
         window: steps over which samples are sorted into batches of one size.
+        depth_density, depth_pattern: share of the pixels whose depth is kept, and how it is thinned
+            (finetune/sparsify.py).
     """
 
     batch_size: int = 8
@@ -39,6 +42,8 @@ class LoaderConfig:
     seed: int = 0
     workers: int = 4
     window: int = 128
+    depth_density: float = 1.0
+    depth_pattern: str = "random"
 
 
 def fit(sample: dict, size: tuple[int, int]) -> dict:
@@ -133,12 +138,17 @@ class _BatchReader:
             positions[self.source.locate(request.index)[0]].append(position)
         for leaf, places in positions.items():
             for place, sample in zip(places, leaf.read([requests[p].source_index for p in places], report)):
-                sample = samples[place] = fit(sample, requests[place].size)
-                coin = random.Random(f"{self.config.seed} {requests[place].index}").random()
-                if self.config.flip and coin < 0.5 and not SIDED.search(sample["caption"]):
-                    sample |= {name: sample[name].flip(-1) for name in ("image", "depth")}
+                samples[place] = self._augment(sample, requests[place])
         tensors = {name: torch.stack([sample[name] for sample in samples]) for name in ("image", "depth")}
         return tensors | {name: [sample[name] for sample in samples] for name in ("caption", "key")}, report
+
+    def _augment(self, sample, request):
+        sample = fit(sample, request.size)
+        sample = thin(sample, self.config.depth_density, self.config.depth_pattern, request.index)
+        coin = random.Random(f"{self.config.seed} {request.index}").random()
+        if self.config.flip and coin < 0.5 and not SIDED.search(sample["caption"]):
+            sample |= {name: sample[name].flip(-1) for name in ("image", "depth")}
+        return sample
 
 
 class BatchLoader:

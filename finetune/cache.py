@@ -1,21 +1,27 @@
-"""Training samples as the model sees them, encoded once by the frozen VAE and text encoder and kept on disk."""
+"""Training samples encoded once by the frozen VAE and text encoder and kept on disk."""
 
 import hashlib
 import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune.batches import fit
-from finetune.data import ReadReport, build_source
-from finetune.sparsify import SPARSIFIERS
+from finetune.batches import LoaderConfig, fit
+from finetune.data import FolderSource, ReadReport, Source, WebDatasetSource, build_source, permutation
+from finetune.encoding import EncodedBatch, Encoder, LiveSamples
+from finetune.sparsify import thin
+from mf_diffusers.datasets.folder import METADATA
 from mf_diffusers.files import atomic_write
 from mf_diffusers.modality_forcing.image_processor import processing_size
-from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens
 
 
 SHARD = 256
@@ -25,14 +31,15 @@ SHARD = 256
 class CacheConfig:
     """
     Args:
-        folder: where caches lie; each in a folder named by what went into it.
-        samples: how many samples of the source to encode.
+        folder: where caches lie, each in a folder named by what went into it; null: there is no cache, samples are read
+            and encoded in the training loop.
+        samples: how many samples of the source to encode; without a cache there are as many as the steps take.
         pixels: area near which they are worked on, at their own aspect ratio.
         text: whether to keep text features too (not when the text encoder is in training).
         depth_density: share of the pixels whose depth is kept, thinned as `depth_pattern` (finetune/sparsify.py) says.
     """
 
-    folder: str = "outputs/cache"
+    folder: str | None = "outputs/cache"
     samples: int = 1000
     pixels: int = 512 * 512
     text: bool = True
@@ -40,82 +47,172 @@ class CacheConfig:
     depth_pattern: str = "random"
 
 
-class EncodedSamples(torch.utils.data.Dataset):
-    """
-    Encoded samples on disk, in shards that are written whole or not at all: an interrupted build goes on where it was.
+class Shard:
+    """A file of encoded samples: tensors `NAME.PLACE`, and in the metadata captions and what could not be read."""
 
-    An item is a dict: `latents` (N, C) float32; `depth` (1, H, W) contracted, 0 where missing; `valid` (1, H, W) bool;
-    `caption`; and with text `prompt_embeds` (L, D).
+    def __init__(self, path: Path):
+        self.file = safe_open(path, "pt")
+        metadata = self.file.metadata()
+        self.captions = json.loads(metadata["captions"])
+        self.failures = json.loads(metadata.get("failures", "[]"))
+        self.names = sorted({key.split(".")[0] for key in self.file.keys()})  # noqa: SIM118
+
+    def size(self, place: int) -> tuple[int, int]:
+        """(height, width), without reading the sample."""
+        return tuple(self.file.get_slice(f"depth.{place}").get_shape()[-2:])
+
+
+class EncodedSamples(Dataset):
+    """
+    Encoded samples on disk, in shards that are written whole or not at all. An item is an `EncodedBatch` on the CPU; it
+    is asked for by the indices of its samples, which must have one size, and their positions in the batch of a step.
     """
 
     def __init__(self, folder: Path, samples: int):
         self.folder, self.samples = folder, samples
-        self.open_shards: dict[int, tuple] = {}
+        self.open_shards: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, index: int) -> dict:
-        number, position = divmod(index, SHARD)
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """The shard of a sample and its place there."""
+        number, place = divmod(index, SHARD)
         if number not in self.open_shards:
-            tensors = safe_open(shard_path(self.folder, number), "pt")
-            self.open_shards[number] = tensors, json.loads(tensors.metadata()["captions"])
-        tensors, captions = self.open_shards[number]
-        names = {"latents", "depth", "valid", "prompt_embeds"} & {key.split(".")[0] for key in tensors.keys()}  # noqa: SIM118
-        item = {name: tensors.get_tensor(f"{name}.{position}") for name in names}
-        return item | {"latents": item["latents"].float(), "caption": captions[position]}
+            self.open_shards[number] = Shard(shard_path(self.folder, number))
+        return self.open_shards[number], place
+
+    def __getitem__(self, request: tuple[list[int], list[int]]) -> EncodedBatch:
+        indices, positions = request
+        tensors, captions = defaultdict(list), []
+        for index in indices:
+            shard, place = self.locate(index)
+            for name in shard.names:
+                tensors[name].append(shard.file.get_tensor(f"{name}.{place}"))
+            captions.append(shard.captions[place])
+        stacked = {"prompt_embeds": None} | {name: torch.stack(parts) for name, parts in tensors.items()}
+        stacked["latents"] = stacked["latents"].float()
+        return EncodedBatch(**stacked, captions=captions, positions=positions)
+
+    def captions(self, count: int) -> list[str]:
+        """Of the first samples."""
+        places = (self.locate(index) for index in range(count))
+        return [shard.captions[place] for shard, place in places]
+
+    @property
+    def report(self) -> ReadReport:
+        """What could not be read while the samples were encoded."""
+        shards = [self.locate(first)[0] for first in range(0, self.samples, SHARD)]
+        failures = [failure for shard in shards for failure in shard.failures]
+        return ReadReport(self.samples + len(failures), failures)
+
+    def plan(self, trainer) -> Iterator[tuple[list[int], list[int]]]:
+        """Indices and positions of the micro batches of this process from `trainer.step` on.
+
+        Every epoch is a new shuffle. The samples of a step are sorted by size into micro batches, so that some of these
+        are smaller than `micro_batch_size` where sizes are mixed.
+        """
+        config, rank, world_size = trainer.config, trainer.accelerator.process_index, trainer.accelerator.num_processes
+        size = config.micro_batch_size
+        mine = [p for p in range(config.batch_size) if p // size % world_size == rank]
+        for step in range(trainer.step, config.steps):
+            groups = defaultdict(list)
+            for position in mine:
+                epoch, offset = divmod(step * config.batch_size + position, self.samples)
+                index = int(permutation(self.samples, config.seed, epoch)[offset])
+                shard, place = self.locate(index)
+                groups[shard.size(place)].append((index, position))
+            for group in groups.values():
+                for start in range(0, len(group), size):
+                    indices, positions = zip(*group[start : start + size])
+                    yield list(indices), list(positions)
+
+    def stream(self, trainer) -> Iterator[EncodedBatch]:
+        """The micro batches of this process from `trainer.step` on."""
+        return iter(
+            DataLoader(
+                self,
+                batch_size=None,  # the sampler makes batches
+                sampler=self.plan(trainer),
+                num_workers=trainer.config.num_workers,
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
 
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.safetensors"
 
 
-def encode_samples(
-    config: CacheConfig, source_config, pipe_config: dict, vae, depth_processor, encode_text=None
-) -> EncodedSamples:
+def prepare_samples(config, pipe_config: dict, encoder: Encoder) -> EncodedSamples | LiveSamples:
+    """The training samples of a script's settings: encoded now, or live where they say that there is no cache."""
+    cache, trainer = config.cache, config.trainer
+    if cache.folder is not None:
+        if config.flip:
+            raise SystemExit("error: flip=true needs cache.folder=null: a cache holds its samples as they are")
+        return encode_samples(cache, config.data, pipe_config, encoder)
+    loading = LoaderConfig(
+        batch_size=trainer.batch_size,
+        pixels=cache.pixels,
+        multiple=encoder.token_size,
+        flip=config.flip,
+        seed=trainer.seed,
+        workers=trainer.num_workers,
+        depth_density=cache.depth_density,
+        depth_pattern=cache.depth_pattern,
+    )
+    return LiveSamples(build_source(config.data), loading, encoder)
+
+
+def encode_samples(config: CacheConfig, source_config, pipe_config: dict, encoder: Encoder) -> EncodedSamples:
     """
-    Encodes the first `config.samples` of a source, or goes on with a build that was interrupted.
+    Encodes the first `config.samples` of a source, or goes on with a build that was interrupted. Processes share the
+    work.
 
     Args:
         source_config: settings of the source (finetune/data.py).
         pipe_config: what else the encoded samples depend on, of the text features for example. The cache is named by
-            both and by the weights of the VAE.
-        encode_text: prompts -> features (B, L, D); needed when `config.text`.
+            both, by the weights of the VAE and by the files of the source.
 
     Raises:
         TooManyUnreadableError: more than 1% of the samples could not be read. Fewer are replaced, and listed.
     """
-    content = json.dumps(
-        [source_config, asdict(config) | {"folder": ""}, pipe_config, weights_hash(vae)], sort_keys=True, default=str
-    )
+    if config.text != (encoder.encode_text is not None):
+        raise SystemExit("error: cache.text must be true in post-training, and false in pre-training")
+    source = build_source(source_config)
+    content = [source_config, asdict(config) | {"folder": ""}, pipe_config, weights_hash(encoder.vae)]
+    content += files_hash(source)
+    content = json.dumps(content, sort_keys=True, default=str)
     folder = Path(config.folder) / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "content.json").write_text(content)
-    source, report = build_source(source_config), ReadReport()
+
+    processes = PartialState()
     missing = [s for s in range(0, config.samples, SHARD) if not shard_path(folder, s // SHARD).is_file()]
-    for start in tqdm(missing, desc="encoding samples", unit="shard", disable=not missing):
-        tensors, captions = {}, []
-        indices = list(range(start, min(start + SHARD, config.samples)))
-        for position, (index, sample) in enumerate(zip(indices, source.read(indices, report))):
-            size = processing_size(*sample["image"].shape[-2:], config.pixels, depth_processor.config.patch_size)
-            sample = fit(sample, size)
-            depth = sample["depth"]
-            if config.depth_density < 1:
-                generator = torch.Generator().manual_seed(index)
-                depth = depth * SPARSIFIERS[config.depth_pattern](depth, config.depth_density, generator)
-            depth, valid, _ = depth_processor.normalize(depth[None])
-            with torch.no_grad():
-                latents = image_to_tokens(vae, sample["image"][None].to(vae.device))[0]
-                tensors[f"latents.{position}"] = latents.cpu().contiguous()
-                if config.text:
-                    tensors[f"prompt_embeds.{position}"] = encode_text([sample["caption"]])[0].cpu()
-            tensors |= {f"depth.{position}": depth[0], f"valid.{position}": valid[0]}
-            captions.append(sample["caption"])
-        with atomic_write(shard_path(folder, start // SHARD)) as temporary:
-            save_file(tensors, temporary, {"captions": json.dumps(captions)})
-    if report.failures:
-        print(report)
-    return EncodedSamples(folder, config.samples)
+    mine, report = missing[processes.process_index :: processes.num_processes], ReadReport()
+    for start in tqdm(mine, desc="encoding samples", unit="shard", disable=not mine):
+        encode_shard(config, source, range(start, min(start + SHARD, config.samples)), encoder, report, folder)
+    processes.wait_for_everyone()
+    samples = EncodedSamples(folder, config.samples)
+    samples.report.check(at_least=1)
+    if processes.is_main_process and samples.report.failures:
+        print(samples.report)
+    return samples
+
+
+def encode_shard(config: CacheConfig, source: Source, indices: range, encoder, report: ReadReport, folder: Path):
+    """Encodes samples one by one and writes them as a file."""
+    tensors, captions, known = {}, [], len(report.failures)
+    for place, (index, sample) in enumerate(zip(indices, source.read(list(indices), report))):
+        size = processing_size(*sample["image"].shape[-2:], config.pixels, encoder.token_size)
+        sample = thin(fit(sample, size), config.depth_density, config.depth_pattern, index)
+        encoded = encoder(sample["image"][None], sample["depth"][None], [sample["caption"]])
+        for name in ("latents", "depth", "valid", *(["prompt_embeds"] if config.text else [])):
+            tensors[f"{name}.{place}"] = getattr(encoded, name)[0].cpu().contiguous()
+        captions.append(sample["caption"])
+    metadata = {"captions": json.dumps(captions), "failures": json.dumps(report.failures[known:])}
+    with atomic_write(shard_path(folder, indices[0] // SHARD)) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -125,3 +222,16 @@ def weights_hash(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def files_hash(source: Source) -> list[str]:
+    """A hash of names, sizes and times of change of the files that a source reads; none for scenes, which have none."""
+    paths = []
+    for leaf in source.leaves():
+        if isinstance(leaf, FolderSource):
+            names = (name for row in leaf.rows for name in (row.image, row.depth) if name)
+            paths += [leaf.folder / name for name in (METADATA, *names)]
+        elif isinstance(leaf, WebDatasetSource):
+            paths += [Path(shard) for shard in leaf.shards if not re.match(r"\w+://|pipe:", shard)]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return [hashlib.sha256(json.dumps(stats).encode()).hexdigest()] if stats else []

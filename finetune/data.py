@@ -14,7 +14,7 @@ import json
 import random
 import re
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -91,13 +91,15 @@ class ReadReport:
     tried: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def check(self) -> None:
-        """Raises TooManyUnreadableError if more than 1 % of at least 100 samples were unreadable."""
-        if self.tried >= 100 and len(self.failures) > 0.01 * self.tried:
+    def check(self, at_least: int = 100) -> None:
+        """Raises TooManyUnreadableError if more than 1 % of `at_least` samples or more were unreadable."""
+        if self.tried >= at_least and len(self.failures) > 0.01 * self.tried:
             raise TooManyUnreadableError(f"more than 1 % of the samples are unreadable, mend or remove them: {self}")
 
     def __str__(self) -> str:
-        return "\n  ".join([f"{len(self.failures)} of {self.tried} samples could not be read", *self.failures[:100]])
+        counts = Counter(self.failures).most_common(100)
+        listed = [f"{reason} ({times} times)" if times > 1 else reason for reason, times in counts]
+        return "\n  ".join([f"{len(self.failures)} of {self.tried} samples could not be read", *listed])
 
 
 def make_sample(image: Image.Image, depth: np.ndarray | None, caption: str, key: str) -> dict:

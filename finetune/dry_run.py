@@ -2,8 +2,9 @@
 
 The model is built on the meta device, so neither its weights nor memory for them are needed. The estimate is for one
 process and counts what lives through a step. It leaves out: the VAE (it stays on the device) and the text encoder
-(there while samples are encoded and in validation); what validation needs; the copy of the gradients that several
-processes exchange; the CUDA context, workspaces of kernels and fragmentation. Allow a fifth more than it says.
+(there while samples are encoded and in validation, and all the time where there is no cache); what validation needs;
+the copy of the gradients that several processes exchange; the CUDA context, workspaces of kernels and fragmentation.
+Allow a fifth more than it says.
 
 Activations are what autograd keeps of a block of width D and MLP ratio m for each token: its input, the normalised
 and the modulated input (3 D), queries and keys before their norm (2 D), the four tensors of attention (4 D), what the
@@ -135,7 +136,8 @@ def report(config, model, stacks: list[Stack], token_size: int, text_bytes: int,
             lines += describe_source(name, getattr(config, name), config.cache, token_size)
     channels = getattr(model, "transformer", model).config.in_channels
     size = cache_bytes(config.cache, token_size, channels, text_bytes)
-    lines.append(f"cache: {config.cache.samples} samples, {size / 2**30:.2f} GiB under {config.cache.folder}")
+    found = f"{config.cache.samples} samples, {size / 2**30:.2f} GiB under {config.cache.folder}"
+    lines.append(f"cache: {'none, samples are encoded in the loop' if config.cache.folder is None else found}")
     return "\n".join(lines)
 
 
@@ -150,7 +152,7 @@ def report_post_training(config, model: ModalityForcingFlux2Transformer2DModel) 
     ]
     dtype = DTYPES[config.base_dtype]
     base = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name and "lora_" not in name)
-    teacher = base * dtype.itemsize if config.distils else 0
+    teacher = base * dtype.itemsize if config.distils and config.mode != "lora" else 0
     text_bytes = config.max_sequence_length * c.joint_attention_dim * dtype.itemsize
     return report(config, model, stacks, token_size, text_bytes, teacher)
 

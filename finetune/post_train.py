@@ -7,22 +7,25 @@ The base is a `Flux2KleinPipeline` folder or Hub repository. The result is a `Mo
 """
 
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
-from finetune.cache import CacheConfig, encode_samples
+from finetune.cache import CacheConfig, prepare_samples
 from finetune.config import load_config, save_config, take_flag
 from finetune.data import build_source
 from finetune.dry_run import DTYPES, empty_transformer, report_post_training
+from finetune.encoding import EncodedBatch, Encoder
 from finetune.trainer import Trainer, TrainerConfig
 from finetune.validation import validate
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
@@ -46,6 +49,7 @@ class PostTrainConfig:
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
         text_encoder_out_layers, max_sequence_length, sample_size: of the pipeline that is written.
+        flip: mirror half of the samples, but none whose caption says left or right; needs `cache.folder: null`.
     """
 
     base: str = "black-forest-labs/FLUX.2-klein-base-4B"
@@ -60,6 +64,7 @@ class PostTrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: dict[str, Any] = field(default_factory=dict)
     validation_data: dict[str, Any] = field(default_factory=dict)
+    flip: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
@@ -94,33 +99,33 @@ def choose_trainable(transformer: ModalityForcingFlux2Transformer2DModel, config
             parameter.data = parameter.data.float()
 
 
-def check_one_size(sizes, what: str, remedy: str) -> None:
-    """Stops unless all of some (height, width) are the same."""
-    found = sorted(set(sizes))
-    if len(found) > 1:
-        (height, width), (other_height, other_width) = found[:2]
-        raise SystemExit(
-            f"error: {what} of {height}x{width} and {other_height}x{other_width} (height x width) cannot be batched: "
-            f"crop the pictures to one size{remedy}"
-        )
+def make_teacher(config: PostTrainConfig, transformer, base: Flux2Transformer2DModel, device) -> Callable | None:
+    """The frozen base as a function, for self-distillation; None without it. With a LoRA, the base is there already."""
+    if not config.distils:
+        return None
+    if config.mode == "lora":
+
+        def without_lora(**inputs):
+            transformer.disable_adapters()
+            try:
+                return transformer(**inputs)
+            finally:
+                transformer.enable_adapters()
+
+        return without_lora
+    base.requires_grad_(False).eval().to(device)
+    return torch.autocast(device.type, torch.bfloat16)(base.forward) if base.dtype == torch.bfloat16 else base
 
 
-def micro_batch_losses(config, trainer, batch, generators, empty_embeds, depth_processor, teacher):
+def micro_batch_losses(config, trainer, batch: EncodedBatch, generators, empty_embeds, depth_processor, teacher):
     """The losses of a micro batch; what is random about a sample comes from its generator."""
-    sizes = [tuple(sample["depth"].shape[-2:]) for sample in batch]
-    check_one_size(sizes, "encoded samples", ", or set trainer.micro_batch_size=1")
-    latents, depth, valid, prompt_embeds = (
-        torch.stack([sample[name] for sample in batch]) for name in ("latents", "depth", "valid", "prompt_embeds")
-    )
-    has_depth = valid.flatten(1).any(dim=1).tolist()
-    draw = draw_noise(config.objective, latents.shape[1:], depth.shape[1:], has_depth, generators)
+    has_depth = batch.valid.flatten(1).any(dim=1).tolist()
+    draw = draw_noise(config.objective, batch.latents.shape[1:], batch.depth.shape[1:], has_depth, generators)
+    draw = draw.to(trainer.device)
+    latents, depth, valid, prompt_embeds = (x.to(trainer.device, non_blocking=True) for x in batch[:4])
     prompt_embeds = torch.where(draw.drop_caption[:, None, None], empty_embeds, prompt_embeds)
     return modality_forcing_loss(
-        trainer.prepared,
-        *(x.to(trainer.device) for x in (latents, depth, valid, prompt_embeds, draw)),
-        config.objective,
-        depth_processor,
-        teacher,
+        trainer.prepared, latents, depth, valid, prompt_embeds, draw, config.objective, depth_processor, teacher
     )
 
 
@@ -154,39 +159,40 @@ def main():
         return encode_text(pipe.text_encoder, pipe.tokenizer, prompts, **text)
 
     held_out = build_source(config.validation_data)
-    check_one_size([held_out.size(i) for i in range(64)], "validation pictures", "")
     device = PartialState().device
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
+    encoder = Encoder(pipe.vae, pipe.depth_processor, encode)
     encoders = text | {"base": config.base} | ({} if dtype == torch.float32 else {"dtype": config.base_dtype})
-    samples = encode_samples(config.cache, config.data, encoders, pipe.vae, pipe.depth_processor, encode)
+    samples = prepare_samples(config, encoders, encoder)
     with torch.no_grad():
-        empty_embeds = encode([""]).to(samples[0]["prompt_embeds"])
-    pipe.text_encoder.to("cpu")  # needed again in validation only
-    teacher = base.transformer.requires_grad_(False).eval() if config.distils else None
-    if teacher is not None and dtype == torch.bfloat16:
-        teacher.forward = torch.autocast(device.type, dtype)(teacher.forward)
+        empty_embeds = encode([""])
+    is_cached = config.cache.folder is not None
+    if is_cached:
+        pipe.text_encoder.to("cpu")  # needed again in validation only
 
     if config.trainer.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    teacher = make_teacher(config, pipe.transformer, base.transformer, device)
+    del base  # frees its transformer, where that is not the teacher
     trainer = Trainer(config.trainer, pipe.transformer)
-    if teacher is not None:
-        teacher.to(trainer.device)
     save_config(config, trainer.folder / "config.yaml")
 
+    stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
-        sums = {}
-        for batch, generators in trainer.micro_batches(samples):
+        sums = defaultdict(float)
+        for batch, generators, weight in trainer.micro_batches(stream):
             losses = micro_batch_losses(config, trainer, batch, generators, empty_embeds, pipe.depth_processor, teacher)
-            trainer.backward(losses.total)
+            trainer.accelerator.backward(losses.total * weight)
             for name in ("rgb", "depth", "distillation"):
-                sums[name] = sums.get(name, 0) + getattr(losses, name).mean() / trainer.accumulation
+                sums[name] += getattr(losses, name).mean() * weight
         trainer.update(sums)
         if trainer.is_time_to_validate:
             pipe.to(trainer.device)
             with trainer.averaged_weights():
                 validate(pipe, held_out, trainer)
-            pipe.text_encoder.to("cpu")
+            if is_cached:
+                pipe.text_encoder.to("cpu")
 
     if trainer.accelerator.is_main_process:
         with trainer.averaged_weights():
@@ -195,7 +201,7 @@ def main():
                 pipe.transformer.fuse_lora()
                 pipe.transformer.unload_lora()
             pipe.save_pretrained(trainer.folder / "pipeline")
-    trainer.finish()
+    trainer.finish(samples.report)
 
 
 if __name__ == "__main__":

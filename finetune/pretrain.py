@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -22,9 +23,10 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
-from finetune.cache import CacheConfig, encode_samples
+from finetune.cache import CacheConfig, prepare_samples
 from finetune.config import load_config, save_config, take_flag
 from finetune.dry_run import report_pretraining
+from finetune.encoding import EncodedBatch, Encoder
 from finetune.trainer import Trainer, TrainerConfig
 from mf_diffusers import DepthProcessor
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
@@ -45,9 +47,10 @@ class PretrainConfig:
         transformer: constructor arguments of `Flux2Transformer2DModel`.
         text_encoder: arguments of `Qwen3Config`.
         text_encoder_out_layers, max_sequence_length: which hidden layers are the text features, and their length.
-        vocabulary_size: of the tokenizer, trained on the captions.
+        vocabulary_size: of the tokenizer, trained on the captions of the first `cache.samples` samples, 5000 at most.
         mu, sigma: of the logit-normal noise levels.
         caption_dropout: share of empty prompts, which guidance needs.
+        flip: mirror half of the samples, but none whose caption says left or right; needs `cache.folder: null`.
     """
 
     vae: str = "outputs/embedded/vae"
@@ -60,6 +63,7 @@ class PretrainConfig:
     sigma: float = 1.0
     caption_dropout: float = 0.1
     data: dict[str, Any] = field(default_factory=dict)
+    flip: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
@@ -115,15 +119,15 @@ class TextToImage(torch.nn.Module):
         )[0]
 
 
-def micro_batch_loss(config: PretrainConfig, model, batch: list[dict], generators, token_size: int, device):
+def micro_batch_loss(config: PretrainConfig, model, batch: EncodedBatch, generators, token_size: int, device):
     """Velocity loss of a micro batch; what is random about a sample comes from its generator."""
-    latents = torch.stack([sample["latents"] for sample in batch]).to(device)
-    height, width = batch[0]["depth"].shape[-2:]
+    latents = batch.latents.to(device)
+    height, width = batch.depth.shape[-2:]
     timestep = torch.stack([sample_logit_normal((), config.mu, config.sigma, g) for g in generators]).to(device)
     noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
     prompts = [
-        "" if torch.rand((), generator=g) < config.caption_dropout else sample["caption"]
-        for g, sample in zip(generators, batch)
+        "" if torch.rand((), generator=g) < config.caption_dropout else caption
+        for g, caption in zip(generators, batch.captions)
     ]
     img_ids = position_ids(rows=height // token_size, columns=width // token_size).to(device)
     velocity = model(add_noise(latents, noise, timestep), timestep, img_ids, prompts)
@@ -142,22 +146,24 @@ def make_pipeline(config: PretrainConfig, model: TextToImage, vae: AutoencoderKL
     return pipe
 
 
-def validate(config: PretrainConfig, trainer: Trainer, pipe: Flux2KleinPipeline, samples) -> None:
-    """Pictures of held-out captions beside the VAE's pictures of what they describe."""
-    height, width = samples[0]["depth"].shape[-2:]
-    captions = [samples[i]["caption"] for i in range(12)]
+def validate(config: PretrainConfig, trainer: Trainer, pipe: Flux2KleinPipeline, captions: list[str]) -> None:
+    """Square pictures of twelve captions."""
+    if not trainer.accelerator.is_main_process:
+        return
+    token_size = 2 * pipe.vae_scale_factor
+    side = round(config.cache.pixels**0.5 / token_size) * token_size
     with trainer.averaged_weights():
         images = pipe(
             prompt=captions,
-            height=height,
-            width=width,
+            height=side,
+            width=side,
             num_inference_steps=30,
             guidance_scale=3.0,
             generator=[torch.Generator().manual_seed(i) for i in range(12)],
             max_sequence_length=config.max_sequence_length,
             text_encoder_out_layers=config.text_encoder_out_layers,
         ).images
-    sheet = contact_sheet([images[:6], images[6:]], cell=max(height, 96), title=f"step {trainer.step}")
+    sheet = contact_sheet([images[:6], images[6:]], cell=max(side, 96), title=f"step {trainer.step}")
     sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
 
 
@@ -174,29 +180,30 @@ def main():
         print(report_pretraining(config, model, token_size))
         return
     torch.manual_seed(config.trainer.seed)
-    vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval()
+    vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval().to(PartialState().device)
     token_size = 2 ** len(vae.config.block_out_channels)
-    samples = encode_samples(config.cache, config.data, {}, vae, DepthProcessor(patch_size=token_size))
-    captions = [samples[i]["caption"] for i in range(min(len(samples), 5000))]
+    samples = prepare_samples(config, {}, Encoder(vae, DepthProcessor(patch_size=token_size)))
+    captions = samples.captions(min(config.cache.samples, 5000))
     model = TextToImage(config, train_tokenizer(captions, config.vocabulary_size))
     trainer = Trainer(config.trainer, model)
     save_config(config, trainer.folder / "config.yaml")
     pipe = make_pipeline(config, model, vae)
 
+    stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
-        losses = []
-        for batch, generators in trainer.micro_batches(samples):
+        total = 0.0
+        for batch, generators, weight in trainer.micro_batches(stream):
             loss = micro_batch_loss(config, trainer.prepared, batch, generators, token_size, trainer.device)
-            trainer.backward(loss)
-            losses.append(loss.detach())
-        trainer.update({"loss": torch.stack(losses).mean()})
+            trainer.accelerator.backward(loss * weight)
+            total += loss.detach() * weight
+        trainer.update({"loss": total})
         if trainer.is_time_to_validate:
-            validate(config, trainer, pipe, samples)
+            validate(config, trainer, pipe, captions[:12])
 
     with trainer.averaged_weights():
         if trainer.accelerator.is_main_process:
             pipe.save_pretrained(trainer.folder / "pipeline")
-    trainer.finish()
+    trainer.finish(samples.report)
 
 
 if __name__ == "__main__":

@@ -95,3 +95,11 @@ def _keep_lowest(score, depth, density):
 
 
 SPARSIFIERS = {"random": random_points, "lidar": lidar_lines, "holes": sensor_holes}
+
+
+def thin(sample: dict, density: float, pattern: str, index: int) -> dict:
+    """A sample with `density` of its depth, thinned as `SPARSIFIERS` names it; `index` decides which pixels stay."""
+    if density == 1:
+        return sample
+    mask = SPARSIFIERS[pattern](sample["depth"], density, torch.Generator().manual_seed(index))
+    return sample | {"depth": sample["depth"] * mask}

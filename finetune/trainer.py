@@ -15,7 +15,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from finetune.data import permutation
+from finetune.data import ReadReport
+from finetune.encoding import EncodedBatch
 from mf_diffusers.results import place_folder, temporary_folder
 
 
@@ -31,10 +32,12 @@ class TrainerConfig:
         learning_rate: reached after `warmup_steps`, then constant.
         optimizer: "adamw", or "adamw8bit" (bitsandbytes, GPU).
         mixed_precision: "fp32" or "bf16"; weights in training stay float32.
+        compile: compile the transformer's blocks (torch.compile); needs a C++ compiler.
         ema_decay: of the averaged weights, which are what is saved; 0 switches averaging off.
         checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
         validate_every: steps between validations.
         log_every: steps between log lines, and between checks that the loss is finite.
+        num_workers: processes that read samples ahead, for each training process; 0 reads between the steps.
         resume: go on from the newest checkpoint in `output`.
     """
 
@@ -51,6 +54,7 @@ class TrainerConfig:
     optimizer: str = "adamw"
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = False
+    compile: bool = False
     ema_decay: float = 0.9999
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -64,12 +68,6 @@ class TrainerConfig:
             raise SystemExit(f"error: optimizer {self.optimizer!r} is none of adamw, adamw8bit")
         if self.mixed_precision not in ("fp32", "bf16"):
             raise SystemExit(f"error: mixed_precision {self.mixed_precision!r} is neither fp32 nor bf16")
-
-
-def shuffled_index(position: int, length: int, seed: int) -> int:
-    """The sample at a position of the endless stream in which every epoch is a new shuffle."""
-    epoch, offset = divmod(position, length)
-    return int(permutation(length, seed, epoch)[offset])
 
 
 def sample_generators(seed: int, step: int, positions) -> list[torch.Generator]:
@@ -95,8 +93,7 @@ class Trainer:
             log_with="tensorboard",
             project_dir=config.output,
         )
-        self.accumulation, uneven = divmod(accumulation, self.accelerator.num_processes)
-        if rest or uneven or not self.accumulation:
+        if rest or accumulation % self.accelerator.num_processes or not accumulation:
             raise SystemExit(
                 f"error: batch_size {config.batch_size} must be a multiple of micro_batch_size "
                 f"{config.micro_batch_size} times {self.accelerator.num_processes} processes"
@@ -104,6 +101,10 @@ class Trainer:
         self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         parameters = list(self.named_parameters.values())
         self.optimizer = make_optimizer(config, parameters)
+        if config.compile:
+            for module in model.modules():
+                if hasattr(module, "compile_repeated_blocks"):
+                    module.compile_repeated_blocks()
         self.prepared = self.accelerator.prepare(model)
         self.device = self.accelerator.device
         self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
@@ -113,30 +114,27 @@ class Trainer:
             self.load(self.checkpoints()[-1])
         self.accelerator.init_trackers("logs")
         self.progress_bar = tqdm(
-            total=config.steps, initial=self.step, disable=not self.accelerator.is_main_process, unit="step"
+            total=config.steps * config.batch_size,
+            initial=self.step * config.batch_size,
+            disable=not self.accelerator.is_main_process,
+            unit=" samples",
         )
         self.running: dict[str, torch.Tensor] = {}
         self.running_steps = 0
 
-    def micro_batches(self, samples) -> Iterator[tuple[list, list[torch.Generator]]]:
-        """This process's share of the next step's batch: for each micro batch, samples and a generator for each.
-
-        Which samples, and what their generators draw, depends on seed, step and position in the batch alone.
+    def micro_batches(self, stream: Iterator[EncodedBatch]) -> Iterator[tuple]:
         """
-        size = self.config.micro_batch_size
-        for micro_batch in range(self.accumulation):
-            start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
-            positions = range(start, start + size)
-            first = self.step * self.config.batch_size
-            batch = [samples[shuffled_index(first + p, len(samples), self.config.seed)] for p in positions]
-            self.is_last_micro_batch = micro_batch == self.accumulation - 1
-            yield batch, sample_generators(self.config.seed, self.step, positions)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds a micro batch's gradient; processes exchange gradients after the last one."""
-        hold_back = not self.is_last_micro_batch and self.accelerator.num_processes > 1
-        with self.accelerator.no_sync(self.prepared) if hold_back else nullcontext():
-            self.accelerator.backward(loss / self.accumulation)
+        This process's share of the next step's batch: for each micro batch the samples, a generator for each, and its
+        weight, the part of the share that it is. What generators draw depends on seed, step and position in the batch
+        alone. Processes exchange gradients at the last micro batch; their numbers of micro batches may differ.
+        """
+        share, done = self.config.batch_size // self.accelerator.num_processes, 0
+        while done < share:
+            batch = next(stream)
+            done += len(batch.positions)
+            generators = sample_generators(self.config.seed, self.step, batch.positions)
+            with self.accelerator.no_sync(self.prepared) if done < share else nullcontext():
+                yield batch, generators, len(batch.positions) / share
 
     @property
     def is_time_to_validate(self) -> bool:
@@ -170,7 +168,7 @@ class Trainer:
             self.log()
         if checkpoint:
             self.save()
-        self.progress_bar.update()
+        self.progress_bar.update(self.config.batch_size)
 
     def log(self) -> None:
         steps = self.running_steps
@@ -185,7 +183,7 @@ class Trainer:
                 f"data of these steps. Last good checkpoint: {last}"
             )
         self.accelerator.log(means, step=self.step)
-        self.progress_bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+        self.progress_bar.set_postfix({"step": self.step} | {name: f"{value:.4g}" for name, value in means.items()})
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -235,8 +233,9 @@ class Trainer:
         self.step = state["step"]
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state, each tensor in memory of its own. Plain counts become integers without a dimension."""
         return {
-            f"{name}|{key}": value.detach().cpu()
+            f"{name}|{key}": torch.as_tensor(value).detach().to("cpu", copy=True)
             for name, parameter in self.named_parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
@@ -245,7 +244,8 @@ class Trainer:
         for full_name, value in tensors.items():
             name, key = full_name.rsplit("|", 1)
             parameter = self.named_parameters[name]
-            self.optimizer.state[parameter][key] = value.to(parameter.device)
+            is_count = value.ndim == 0 and not value.is_floating_point()
+            self.optimizer.state[parameter][key] = value.item() if is_count else value.to(parameter.device)
 
     @contextmanager
     def averaged_weights(self):
@@ -261,8 +261,11 @@ class Trainer:
         finally:
             self.ema.restore(parameters)
 
-    def finish(self) -> None:
+    def finish(self, report: ReadReport) -> None:
+        """Closes the logs, and lists the samples that could not be read."""
         self.progress_bar.close()
+        if report.failures and self.accelerator.is_main_process:
+            print(report)
         self.accelerator.end_training()
 
 

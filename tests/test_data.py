@@ -300,6 +300,18 @@ def test_flip_spares_captions_with_sides(tmp_path):
     assert 4 < sum(mirrored) < 20
 
 
+def test_thinned_depth_does_not_depend_on_the_batch(tmp_path):
+    folder = make_folder(tmp_path / "folder", 16)
+    thinned = LoaderConfig(**{**vars(LOADER), "depth_density": 0.25})
+    dense, alone = batches(folder, steps=8), batches(folder, thinned, steps=8)
+    ranks = [batches(folder, thinned, steps=8, rank=rank, world_size=2) for rank in range(2)]
+    for step in range(8):
+        for k in range(4):
+            depth = alone[step]["depth"][k]
+            assert torch.equal(depth, ranks[k % 2][step]["depth"][k // 2])
+            assert (depth > 0).sum() == round(0.25 * int((dense[step]["depth"][k] > 0).sum()))
+
+
 def test_unreadable_samples_are_replaced_and_listed(tmp_path):
     folder = make_folder(tmp_path / "folder", 40)
     (tmp_path / "folder" / "7.png").write_bytes(b"no picture")

@@ -131,19 +131,13 @@ def test_a_dry_run_reads_the_data_and_writes_nothing(base, tmp_path, monkeypatch
     arguments = [
         a.replace(f"data={SCENES}", f"data={folder}") for a in settings(base, tmp_path / "cache", tmp_path / "run")
     ]
-    held_out = arguments.index(f"validation_data={folder}")
     run(post_train, ["--dry-run", *arguments], tmp_path, monkeypatch)
     printed = capsys.readouterr().out
     assert "\ndata: folder, 2 samples, 0 of them with depth" in printed
     assert "frames:00000: 32x48, depth on 0% of the pixels, 'a wall'" in printed
     assert "28x40 (4), 32x32 (4)" in printed
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
-    with pytest.raises(SystemExit, match="validation pictures of 32x32 and 32x48"):
-        run(post_train, arguments, tmp_path, monkeypatch)
-    arguments[held_out] = f"validation_data={SCENES}"
-    with pytest.raises(SystemExit, match="encoded samples of 28x40 and 32x32"):
-        run(post_train, [*arguments, "trainer.batch_size=8", "trainer.micro_batch_size=8"], tmp_path, monkeypatch)
-    run(post_train, [*arguments, "trainer.micro_batch_size=1", "trainer.steps=1"], tmp_path, monkeypatch)
+    run(post_train, [*arguments, "trainer.batch_size=8", "trainer.steps=1"], tmp_path, monkeypatch)
 
 
 def test_the_cache_is_as_large_as_announced(base, tmp_path, monkeypatch):  # noqa: F811

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from finetune import post_train, pretrain
@@ -39,7 +41,34 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def settings(base, cache, output, **trainer) -> list[str]:
+def make_frames(folder: Path, count: int = 12) -> str:
+    """Pictures of three sizes in turn, every third without depth; returned is the source."""
+    folder.mkdir()
+    rng, lines = np.random.default_rng(0), []
+    for number in range(count):
+        size = [(32, 32), (24, 40), (40, 24)][number % 3]
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        lines.append({"file_name": f"{number}.png", "text": f"picture {number}" + " left" * (number % 2)})
+        if number % 4:
+            np.save(folder / f"{number}.npy", rng.uniform(0.5, 2, size).astype(np.float32))
+            lines[-1]["depth_file_name"] = f"{number}.npy"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return f"{{kind: folder, path: {folder}}}"
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    return make_frames(tmp_path_factory.mktemp("frames") / "frames")
+
+
+@pytest.fixture(params=["scenes", "cached frames", "live frames"])
+def data(request, frames) -> tuple[str, list[str]]:
+    """A source, and further settings: one size from a cache, several from a cache, several without a cache."""
+    live = ["cache.folder=null", "flip=true", "trainer.num_workers=1"]
+    return {"scenes": (SCENES, []), "cached frames": (frames, []), "live frames": (frames, live)}[request.param]
+
+
+def settings(base, cache, output, data=SCENES, **trainer) -> list[str]:
     trainer = {
         "output": output,
         "steps": 6,
@@ -59,7 +88,7 @@ def settings(base, cache, output, **trainer) -> list[str]:
         "text_encoder_out_layers=[1,2,3]",
         "max_sequence_length=64",
         "sample_size=32",
-        f"data={SCENES}",
+        f"data={data}",
         f"validation_data={SCENES}",
         f"cache={{folder: {cache}, samples: 8, pixels: 1024, depth_density: 0.5}}",
         *(f"trainer.{name}={value}" for name, value in trainer.items()),
@@ -78,10 +107,12 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_resumed_equals_uninterrupted_and_frozen_weights_stay(base, cache, tmp_path, monkeypatch):
-    run(post_train, settings(base, cache, tmp_path / "whole"), tmp_path, monkeypatch)
-    run(post_train, settings(base, cache, tmp_path / "parts", steps=4), tmp_path, monkeypatch)
-    run(post_train, settings(base, cache, tmp_path / "parts"), tmp_path, monkeypatch)
+def test_resumed_equals_uninterrupted_and_frozen_weights_stay(base, cache, data, tmp_path, monkeypatch):
+    source, more = data
+    run(post_train, [*settings(base, cache, tmp_path / "whole", source), *more], tmp_path, monkeypatch)
+    for steps in (4, 6):
+        arguments = [*settings(base, cache, tmp_path / "parts", source, steps=steps), *more]
+        run(post_train, arguments, tmp_path, monkeypatch)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     before = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -93,37 +124,42 @@ def test_resumed_equals_uninterrupted_and_frozen_weights_stay(base, cache, tmp_p
     assert isinstance(ModalityForcingPipeline.from_pretrained(tmp_path / "whole" / "pipeline"), ModalityForcingPipeline)
 
 
-def test_killed_and_resumed_equals_uninterrupted(base, cache, tmp_path):
+def command(script, arguments, tmp_path, *launcher) -> list[str]:
     config = tmp_path / "empty.yaml"
     config.write_text("{}")
+    return [sys.executable, *launcher, str(ROOT / "finetune" / script), "--config", str(config), *arguments]
 
-    def command(output):
-        arguments = settings(base, cache, output, steps=40, checkpoint_every=3, validate_every=1000)
-        return [sys.executable, str(ROOT / "finetune" / "post_train.py"), "--config", str(config), *arguments]
 
-    process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
+def test_killed_and_resumed_equals_uninterrupted(base, cache, tmp_path, monkeypatch):
+    def arguments(output):
+        return settings(base, cache, tmp_path / output, steps=40, checkpoint_every=3, validate_every=1000)
+
+    process = subprocess.Popen(command("post_train.py", arguments("killed"), tmp_path), stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((tmp_path / "killed").glob("checkpoints/step-*[1-9]")):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     for name in ("killed", "whole"):
-        subprocess.run(command(tmp_path / name), check=True, stderr=subprocess.DEVNULL)
+        run(post_train, arguments(name), tmp_path, monkeypatch)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
 
 
-def test_two_processes_follow_one(base, cache, tmp_path):
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}")
-    script = str(ROOT / "finetune" / "post_train.py")
-    launchers = {
-        "one": [sys.executable, script],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
-    }
-    for name, launcher in launchers.items():
-        arguments = settings(base, cache, tmp_path / name, steps=5, max_grad_norm=1e9)
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        subprocess.run([*launcher, "--config", str(config), *arguments], check=True, env=environment, timeout=300)
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.mark.parametrize("data", ["cached frames", "live frames"], indirect=True)
+def test_two_processes_follow_one(base, cache, data, tmp_path, monkeypatch):
+    """On samples of several sizes, of which the processes have micro batches of unequal number."""
+    source, more = data
+
+    def arguments(output):
+        return [*settings(base, cache, tmp_path / output, source, steps=5, batch_size=8, max_grad_norm=1e9), *more]
+
+    run(post_train, arguments("one"), tmp_path, monkeypatch)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    two = command("post_train.py", arguments("two"), tmp_path, *TWO_PROCESSES)
+    subprocess.run(two, check=True, env=environment, timeout=300)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
 
@@ -157,6 +193,8 @@ def test_a_loss_that_is_not_finite_stops(base, cache, tmp_path, monkeypatch):
         (["trainer.batch_size=5"], "must be a multiple of micro_batch_size 2"),
         (["trainer.optimizer=sgd"], "none of adamw, adamw8bit"),
         (["trainer.mixed_precision=fp16"], "neither fp32 nor bf16"),
+        (["flip=true"], "flip=true needs cache.folder=null"),
+        (["cache.text=false"], "cache.text must be true in post-training"),
     ],
 )
 def test_wrong_settings(base, cache, tmp_path, monkeypatch, arguments, message):
@@ -171,23 +209,31 @@ def test_a_checkpoint_of_another_model(base, cache, tmp_path, monkeypatch):
         run(post_train, arguments, tmp_path, monkeypatch)
 
 
-def test_pretraining(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["cache", "null"])
+def test_pretraining(base, tmp_path, monkeypatch, folder):
     vae = AutoencoderKLFlux2.from_pretrained(base / "vae")
     vae.save_pretrained(tmp_path / "vae")
     transformer = {
         k: v for k, v in json.loads((base / "transformer" / "config.json").read_text()).items() if k[0] != "_"
     }
     text_encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    arguments = [
-        f"vae={tmp_path / 'vae'}",
-        *(f"transformer.{name}={'null' if value is None else value}" for name, value in transformer.items()),
-        *(f"text_encoder.{name}={value}" for name, value in text_encoder.items()),
-        "text_encoder.num_key_value_heads=1",
-        "text_encoder.head_dim=8",
-        f"data={SCENES}",
-        f"cache={{folder: {tmp_path / 'cache'}, samples: 8, pixels: 1024, text: false}}",
-        *(a for a in settings(base, "", tmp_path / "base", steps=4) if a.startswith("trainer.")),
-    ]
-    run(pretrain, arguments, tmp_path, monkeypatch)
-    pipe = Flux2KleinPipeline.from_pretrained(tmp_path / "base" / "pipeline")
+
+    def train(output, steps):
+        arguments = [
+            f"vae={tmp_path / 'vae'}",
+            *(f"transformer.{name}={'null' if value is None else value}" for name, value in transformer.items()),
+            *(f"text_encoder.{name}={value}" for name, value in text_encoder.items()),
+            "text_encoder.num_key_value_heads=1",
+            "text_encoder.head_dim=8",
+            f"data={SCENES}",
+            f"cache={{folder: {folder if folder == 'null' else tmp_path / folder}, samples: 8, pixels: 1024}}",
+            "cache.text=false",
+            *(a for a in settings(base, "", tmp_path / output, steps=steps) if a.startswith("trainer.")),
+        ]
+        run(pretrain, arguments, tmp_path, monkeypatch)
+
+    for output, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        train(output, steps)
+    assert all(torch.equal(tensor, weights(tmp_path / "parts")[n]) for n, tensor in weights(tmp_path / "whole").items())
+    pipe = Flux2KleinPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
     assert pipe.transformer.config.in_channels == 16 and len(pipe.tokenizer) > 256
