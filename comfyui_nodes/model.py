@@ -313,8 +313,8 @@ class ModalityForcing(comfy.model_base.Flux):
         )
         if not fits:
             raise ValueError(
-                f"The latent has shapes {[list(shape) for shape in shapes]}, but this Modality Forcing model takes image "
-                f"latents (B, {self.latent_format.latent_channels}, h, w) with depth (B, 1, {token} h, {token} w): "
+                f"The latent has shapes {[list(shape) for shape in shapes]}, but this Modality Forcing model takes "
+                f"image latents (B, {self.latent_format.latent_channels}, h, w) with depth (B, 1, {token} h, {token} w): "
                 "connect 'Empty RGB-D Latent' or 'Encode RGB-D' to the sampler."
             )
         for name, what in (("reference_latents", "reference latents"), ("control", "a ControlNet")):

@@ -1,0 +1,1 @@
+"""Modality Forcing in ComfyUI: a native model and the nodes around it."""
