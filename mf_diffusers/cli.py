@@ -23,6 +23,8 @@ from typer.core import TyperGroup
 
 import mf_diffusers
 from mf_diffusers.checkpoints import convert_checkpoint, load_pipeline, read_checkpoint
+from mf_diffusers.datasets import DATASETS
+from mf_diffusers.datasets.prepare import SHEET, SUMMARY, prepare_dataset
 from mf_diffusers.demo import run_demo
 from mf_diffusers.depth_io import DEPTH_SUFFIXES, IMAGE_SUFFIXES, as_depth_map, read_depth, read_image
 from mf_diffusers.modality_forcing.loaders import TEXT_ENCODERS
@@ -333,6 +335,41 @@ def info(
             typer.echo(f"{f'{name} {label}'.replace('_', ' '):44}{entry}")
     uncounted = "activations are" if "text_encoder" in parts else "activations and the text encoder are"
     typer.echo(f"Inference takes more memory than these weights: {uncounted} not counted.")
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)}.", metavar="NAME")],
+    src: Annotated[Path, typer.Argument(help="Folder into which the data set was unpacked.")],
+    dst: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    split: Annotated[str | None, option(help="Part of the data set, as it calls them itself; default: all.")] = None,
+    max_pixels: Annotated[int | None, option(min=1, help="Make larger frames smaller; default: as they are.")] = None,
+    workers: Annotated[int, option(min=1, panel="Machine", help="Processes.")] = 1,
+    quiet: Quiet = False,
+):
+    """Write a data set as the webdataset shards that training reads, with a summary and a contact sheet.
+
+    After an interruption the same command goes on. The licence of the data set holds for its shards too.
+
+    mf-diffusers prepare hypersim data/hypersim shards/hypersim --max-pixels 262144 --workers 8
+    """
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("frames", total=None)
+
+        def on_shard(record, total):
+            done = sum(record[key] for key in ("frames", "frames_unreadable", "frames_without_depth"))
+            progress.update(task, advance=done, total=total)
+
+        summary = prepare_dataset(name, src, dst, split, max_pixels, workers, on_shard=on_shard)
+    if quiet:
+        return
+    typer.echo(f"{dst}: {summary['frames']:,} frames in {len(summary['shards'])} shards, {decimal(summary['bytes'])}")
+    for what in ("unreadable", "without_depth"):
+        if count := summary[f"frames_{what}"]:
+            typer.echo(f"{count:,} frames {what.replace('_', ' ')} were left out, listed in {dst / SUMMARY}")
+    typer.echo(f"Look at {dst / SHEET} before training.")
 
 
 def run(command, settings, sources, given):
