@@ -290,10 +290,12 @@ class ModalityForcing(comfy.model_base.Flux):
     """
     The model that ComfyUI samples: two streams in one nested latent.
 
-    `log2_alpha` is the trajectory; the node 'Modality Forcing Trajectory' patches it.
+    `log2_alpha` is the trajectory, which the node 'Modality Forcing Trajectory' patches; `sample_size` the side of the
+    square, in pixels, whose area the model was made for.
     """
 
     log2_alpha = DEFAULT_LOG2_ALPHA
+    sample_size = 512
 
     def __init__(self, model_config, device=None):
         super().__init__(model_config, device=device, unet_model=DepthFlux)
@@ -314,8 +316,8 @@ class ModalityForcing(comfy.model_base.Flux):
         if not fits:
             raise ValueError(
                 f"The latent has shapes {[list(shape) for shape in shapes]}, but this Modality Forcing model takes "
-                f"image latents (B, {self.latent_format.latent_channels}, h, w) with depth (B, 1, {token} h, {token} w): "
-                "connect 'Empty RGB-D Latent' or 'Encode RGB-D' to the sampler."
+                f"image latents (B, {self.latent_format.latent_channels}, h, w) with depth (B, 1, {token} h, "
+                f"{token} w): connect 'Empty RGB-D Latent' or 'Encode RGB-D' to the sampler."
             )
         for name, what in (("reference_latents", "reference latents"), ("control", "a ControlNet")):
             if kwargs.get(name) is not None:

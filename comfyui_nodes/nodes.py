@@ -1,12 +1,8 @@
-"""Nodes around the model: RGB-D latents in and out, the trajectory, and what to do with depth.
+"""Nodes around the model: RGB-D latents in and out, the trajectory, and what to do with depth."""
 
-Raw depth travels as IMAGE: float32, three equal channels, larger is farther, so that ComfyUI's own nodes can save it.
-"""
-
-import io as bytes_io
 import logging
 import os
-import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import comfy.model_management
@@ -16,13 +12,14 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import ComfyExtension, Types, io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from .depth_images import depth_from_image, encode_depth, image_from_depth
+from .depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
 from .model import ModalityForcing
 from .streams import DEFAULT_LOG2_ALPHA, DEPTH_STRENGTHS, held_at
 
 
 CATEGORY = "Modality Forcing"
 EMBEDDED = "embedded model (small, on board)"
+KEEP_AUTO = "what is connected"
 DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".exr", ".tif", ".tiff", ".pfm")  # of mf_diffusers.depth_io, which is heavy
 COLORMAPS = {
     "spectral (near red, far blue)": "Spectral",
@@ -31,7 +28,11 @@ COLORMAPS = {
     "gray (near bright)": "gray_r",
     "gray (far bright)": "gray",
 }
-INFO = "modality_forcing"  # key in a LATENT: (height, width) to return, and the scale of a given depth map
+INFO = "modality_forcing"  # key in a LATENT: the "size" (height, width) to return, the "scale" (B,) of given depth
+
+MODEL_TIP = "A Modality Forcing model, from 'Load Diffusion Model' or 'Load Modality Forcing Pipeline'."
+RAW_DEPTH_TIP = "Raw depth, larger is farther. From 'Decode RGB-D' or 'Load Depth'."
+VALID_TIP = "1 where depth counts. Left out: wherever it is positive and finite."
 MogeGeometry = io.Custom("MOGE_GEOMETRY")
 
 
@@ -42,16 +43,15 @@ class LoadPipeline(io.ComfyNode):
             node_id="ModalityForcingLoadPipeline",
             display_name="Load Modality Forcing Pipeline",
             category=CATEGORY,
-            description="Opens a Modality Forcing pipeline in diffusers' layout, or the small embedded model, as MODEL, "
-            "CLIP and VAE. Single files open with the stock 'Load Diffusion Model'.",
-            search_aliases=["modality forcing", "depth model", "rgbd", "rgb-d", "diffusers loader", "embedded model"],
+            description="Opens a pipeline in diffusers' layout, or the small embedded model, as MODEL, CLIP and VAE.",
+            search_aliases=["modality forcing", "rgbd", "depth model", "diffusers loader", "embedded model"],
             inputs=[
                 io.Combo.Input(
                     "pipeline",
                     options=[EMBEDDED, *_pipeline_folders()],
                     default=EMBEDDED,
-                    tooltip="A folder in ComfyUI/models/diffusers, written by 'mf-diffusers convert' or save_pretrained; "
-                    "or the embedded model, which needs no download and knows simple scenes of 64 x 64 pixels.",
+                    tooltip="A folder in ComfyUI/models/diffusers; or the embedded model, which needs no download and "
+                    "knows simple scenes of 64 x 64 pixels.",
                 )
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
@@ -67,7 +67,7 @@ class LoadPipeline(io.ComfyNode):
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"This installation has no embedded model ({folder}): choose a folder of ComfyUI/models/diffusers, or "
-                "open a single file with 'Load Diffusion Model'."
+                "open a single file by 'Load Diffusion Model'."
             )
         model, clip, vae = load_pipeline(folder)
         no_clip = ExecutionBlocker(f"{pipeline} has no text encoder: connect 'Load CLIP' of type flux2 with its Qwen3.")
@@ -77,6 +77,7 @@ class LoadPipeline(io.ComfyNode):
 class EmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls):
+        side = {"default": 512, "min": 16, "max": 4096, "step": 8}
         return io.Schema(
             node_id="ModalityForcingEmptyLatent",
             display_name="Empty RGB-D Latent",
@@ -84,16 +85,9 @@ class EmptyLatent(io.ComfyNode):
             description="The start of text to image and depth: both are made.",
             search_aliases=["empty latent", "rgbd latent", "rgb-d", "text to image and depth"],
             inputs=[
-                _model_input(),
-                io.Int.Input(
-                    "width",
-                    default=512,
-                    min=16,
-                    max=4096,
-                    step=8,
-                    tooltip="Width in pixels. The published model knows areas near 512 x 512, the embedded one 64 x 64.",
-                ),
-                io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Height in pixels."),
+                io.Model.Input("model", tooltip=MODEL_TIP),
+                io.Int.Input("width", **side, tooltip="In pixels. The published model was made for 512 x 512."),
+                io.Int.Input("height", **side, tooltip="In pixels. The embedded model was made for 64 x 64."),
                 io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="How many images, each with its depth."),
             ],
             outputs=[io.Latent.Output()],
@@ -103,12 +97,11 @@ class EmptyLatent(io.ComfyNode):
     def execute(cls, model, width, height, batch_size) -> io.NodeOutput:
         channels, token = _geometry(model)
         rows, columns = (max(1, round(side / token)) for side in (height, width))
-        if (height, width) != (rows * token, columns * token):
-            logging.warning(
-                f"{height}x{width} (H x W) is no multiple of {token}: made at {rows * token}x{columns * token}."
-            )
-        image, depth = _zeros(batch_size, channels, rows, columns), _zeros(batch_size, 1, rows * token, columns * token)
-        return io.NodeOutput({"samples": NestedTensor((image, depth)), INFO: {"size": (height, width), "scale": None}})
+        working = (rows * token, columns * token)
+        if working != (height, width):
+            logging.warning(f"{height}x{width} (H x W) is no multiple of {token}: made at {working[0]}x{working[1]}.")
+        samples = NestedTensor((_zeros(batch_size, channels, rows, columns), _zeros(batch_size, 1, *working)))
+        return io.NodeOutput({"samples": samples, INFO: {"size": (height, width)}})
 
 
 class Encode(io.ComfyNode):
@@ -118,8 +111,7 @@ class Encode(io.ComfyNode):
             node_id="ModalityForcingEncode",
             display_name="Encode RGB-D",
             category=CATEGORY,
-            description="Gives the model an image, to make depth of it, or a depth map, to make images of it. What is "
-            "kept stays as it is; the other one is made at full denoise.",
+            description="Gives an image, to make depth of it, or a depth map, to make images of it.",
             search_aliases=[
                 "image to depth",
                 "depth to image",
@@ -129,9 +121,9 @@ class Encode(io.ComfyNode):
                 "vae encode",
             ],
             inputs=[
-                _model_input(),
+                io.Model.Input("model", tooltip=MODEL_TIP),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE. Needed where an image is connected."),
-                io.Image.Input("image", optional=True, tooltip="Photo or photos of any size to make depth of."),
+                io.Image.Input("image", optional=True, tooltip="Image or batch of any size, to make depth of."),
                 io.Image.Input(
                     "depth",
                     optional=True,
@@ -142,26 +134,26 @@ class Encode(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="An RGB-D latent that fills in for what is not connected: to refine depth, connect a finished "
-                    "one and keep its image.",
+                    tooltip="An RGB-D latent to take what is not connected from: keep the image of a finished one to "
+                    "make its depth anew.",
                 ),
                 io.Combo.Input(
                     "keep",
-                    options=["what is connected", "image", "depth", "nothing"],
-                    default="what is connected",
-                    tooltip="What is given and stays as it is. 'nothing' lets both change: for a denoise below 1.",
+                    options=[KEEP_AUTO, "image", "depth", "nothing"],
+                    default=KEEP_AUTO,
+                    tooltip="What is given and stays as it is. 'nothing' lets both change, for a denoise below 1.",
                 ),
                 io.Combo.Input(
                     "depth_strength",
                     options=list(DEPTH_STRENGTHS),
                     default="rigid",
-                    tooltip="How closely the image follows the depth that is kept: pixel by pixel (rigid) down to the "
-                    "rough layout (loose). log2_alpha -14 (tight), -11, -8, -5 (loose).",
+                    tooltip="How closely the image follows depth that is kept: rigid is pixel by pixel; then come the "
+                    "log2_alpha -14 (tight), -11, -8 and -5 (loose).",
                 ),
                 io.Boolean.Input(
                     "inverse_depth",
                     default=False,
-                    tooltip="On for maps in which bright is near, as Depth Anything, MiDaS and ControlNet pictures have it.",
+                    tooltip="On for maps in which bright is near, as those of Depth Anything, MiDaS and ControlNets.",
                 ),
                 io.Int.Input(
                     "size",
@@ -169,8 +161,8 @@ class Encode(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=16,
-                    tooltip="Side of the square whose area is worked on, the aspect ratio kept; results return at the "
-                    "input's own size. 0: the model's own size.",
+                    tooltip="Side of the square whose area is worked on; aspect ratio and output size remain the "
+                    "input's. 0: the size that the model was made for.",
                 ),
             ],
             outputs=[io.Latent.Output()],
@@ -190,65 +182,34 @@ class Encode(io.ComfyNode):
         depth_mask=None,
         latent=None,
     ) -> io.NodeOutput:
-        from mf_diffusers.modality_forcing.image_processor import processing_size, resize
-
         channels, token = _geometry(model)
-        image_latent, depth_map = (None, None) if latent is None else _streams_of(latent)
-        if latent is not None:
-            rows, columns = image_latent.shape[-2:]
-            output_size = latent.get(INFO, {}).get("size", (rows * token, columns * token))
-        connected = [x for x in (image, depth) if x is not None]
-        if not connected and latent is None:
-            raise ValueError("Nothing is connected: give an image to make depth of it, or depth to make images of it.")
-        if len({tuple(x.shape[1:3]) for x in connected}) > 1:
-            raise ValueError(
-                f"The image is {_size(image)} and the depth {_size(depth)} (H x W): resize one of them to the other."
-            )
-        if connected:
-            output_size = tuple(connected[0].shape[1:3])
-        if latent is None:
-            side = size or model.model.sample_size
-            working = processing_size(*output_size, pixels=side * side, multiple=token)
-            rows, columns = (length // token for length in working)
+        keep = _what_to_keep(keep, image, depth, latent)
+        if depth_mask is not None and depth is None:
+            raise ValueError("A depth mask is connected, but no depth: connect both.")
+        (rows, columns), output_size = _sizes(model, size, image, depth, latent)
         working = (rows * token, columns * token)
-
-        scale, missing = None, None
+        images, depths = _streams_of(latent) if latent else (_zeros(1, channels, rows, columns), _zeros(1, 1, *working))
+        missing, scale = depths == 0, None  # 0 is what a latent holds where depth is missing
         if image is not None:
-            if vae is None:
-                raise ValueError("An image is connected, but no VAE: connect the VAE of the model.")
-            pixels = resize(image[..., :3].movedim(-1, 1).float().clamp(0, 1), working)
-            image_latent = vae.encode(pixels.movedim(1, -1)).float()
-            if tuple(image_latent.shape[1:]) != (channels, rows, columns):
-                raise ValueError(
-                    f"This VAE makes latents {list(image_latent.shape[1:])}, the model takes {[channels, rows, columns]}: "
-                    "connect the VAE that belongs to the model."
-                )
+            images = _encode_image(vae, image, working, (channels, rows, columns))
         if depth is not None:
-            depth_map, missing, scale = encode_depth(depth, depth_mask, working, inverse_depth)
+            depths, missing, scale = encode_depth(depth, depth_mask, working, inverse_depth)
 
-        keep = _what_to_keep(keep, image, depth, image_latent, depth_map)
-        batch = {len(x) for x in (image_latent, depth_map) if x is not None} - {1} or {1}
-        if len(batch) > 1:
+        batch_size = max(len(images), len(depths))
+        if {len(images), len(depths)} - {1, batch_size}:
             raise ValueError(
-                f"{len(image_latent)} images do not go with {len(depth_map)} depth maps: give as many, or one of either."
+                f"{len(images)} images do not go with {len(depths)} depth maps: give as many, or one of either."
             )
-        (batch_size,) = batch
-        image_latent = _zeros(1, channels, rows, columns) if image_latent is None else image_latent
-        depth_map = _zeros(1, 1, *working) if depth_map is None else depth_map
-        image_latent, depth_map = (x.expand(batch_size, -1, -1, -1).clone() for x in (image_latent, depth_map))
+        images, depths, missing = (x.expand(batch_size, -1, -1, -1) for x in (images, depths, missing))
         out = {
-            "samples": NestedTensor((image_latent, depth_map)),
+            "samples": NestedTensor((images.clone(), depths.clone())),
             INFO: {"size": output_size, "scale": None if keep == "image" else scale},
         }
-        if keep != "nothing":
-            image_mask, noise_mask = torch.ones_like(image_latent[:, :1]), torch.ones_like(depth_map)
-            if keep == "image":
-                image_mask.zero_()
-            else:
-                # A map from a latent has lost its mask: what is missing there is 0.
-                missing = depth_map == 0 if missing is None else missing
-                noise_mask = torch.where(missing, 1.0, held_at(depth_strength)).expand(batch_size, -1, -1, -1)
-            out["noise_mask"] = NestedTensor((image_mask, noise_mask))
+        if keep == "image":
+            out["noise_mask"] = NestedTensor((torch.zeros_like(images[:, :1]), torch.ones_like(depths)))
+        elif keep == "depth":
+            held = torch.where(missing, 1.0, held_at(depth_strength))
+            out["noise_mask"] = NestedTensor((torch.ones_like(images[:, :1]), held))
         return io.NodeOutput(out)
 
 
@@ -259,18 +220,18 @@ class Trajectory(io.ComfyNode):
             node_id="ModalityForcingTrajectory",
             display_name="Modality Forcing Trajectory",
             category=CATEGORY,
-            description="Which of image and depth settles first when both are made. Works with any sampler and scheduler.",
+            description="Which of image and depth settles first when both are made, with any sampler and scheduler.",
             search_aliases=["log2_alpha", "trajectory", "noise schedule", "modality forcing", "depth quality"],
             inputs=[
-                _model_input(),
+                io.Model.Input("model", tooltip=MODEL_TIP),
                 io.Float.Input(
                     "log2_alpha",
                     default=DEFAULT_LOG2_ALPHA,
                     min=-14.0,
                     max=14.0,
                     step=0.5,
-                    tooltip="Above 0 the image settles first, which gives better depth (a model starts with 5); 0: both "
-                    "together; below 0 depth settles first.",
+                    tooltip="Above 0 the image settles first, which gives better depth (models start with 5). 0: both "
+                    "together. Below 0 depth settles first.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -291,21 +252,18 @@ class Decode(io.ComfyNode):
             node_id="ModalityForcingDecode",
             display_name="Decode RGB-D",
             category=CATEGORY,
-            description="Splits an RGB-D latent into image, raw depth and the mask of valid depth, at the size of what was "
-            "encoded. The stock 'VAE Decode' gives the image too, at the size it was worked on.",
+            description="Splits an RGB-D latent into image, raw depth and its validity, at the size of the input.",
             search_aliases=["decode depth", "split rgbd", "vae decode", "raw depth", "depth map"],
             inputs=[
-                io.Latent.Input("latent", tooltip="From a sampler."),
-                io.Vae.Input(
-                    "vae", optional=True, tooltip="The model's VAE. Leave it out where the image is not needed."
-                ),
+                io.Latent.Input("latent", tooltip="An RGB-D latent, from a sampler."),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE. Left out: depth alone is decoded."),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="Needs a VAE."),
+                io.Image.Output(display_name="image", tooltip="Needs the VAE."),
                 io.Image.Output(
                     display_name="depth",
-                    tooltip="Raw float depth, larger is farther: relative, near 1 in the mean; in its own unit where it "
-                    "was given. Save it as EXR with input_color_space 'linear'.",
+                    tooltip="Raw float depth, larger is farther: relative, about 1 in the mean; depth that was given "
+                    "has its own unit. To save it: EXR with input_color_space 'linear'.",
                 ),
                 io.Mask.Output(display_name="valid", tooltip="1 where depth is valid, 0 in the sky and in holes."),
             ],
@@ -316,16 +274,15 @@ class Decode(io.ComfyNode):
         from mf_diffusers import DepthProcessor
         from mf_diffusers.modality_forcing.image_processor import resize
 
-        image_latent, depth_map = _streams_of(latent)
+        images, depths = _streams_of(latent)
         info = latent.get(INFO, {})
-        size, scale = info.get("size", tuple(depth_map.shape[-2:])), info.get("scale")
+        working = tuple(depths.shape[-2:])
+        size = info.get("size", working)
         processor = DepthProcessor(patch_size=1)
-        depth, valid = processor.postprocess(
-            processor.patchify(depth_map), *depth_map.shape[-2:], output_size=size, scale=scale
-        )
+        depth, valid = processor.postprocess(processor.patchify(depths), *working, size, info.get("scale"))
         image = ExecutionBlocker("'Decode RGB-D' makes an image only with a VAE: connect the model's.")
         if vae is not None:
-            image = resize(vae.decode(image_latent).movedim(-1, 1), size).movedim(1, -1)
+            image = resize(vae.decode(images).movedim(-1, 1), size).movedim(1, -1)
         return io.NodeOutput(image, image_from_depth(depth), valid[:, 0].float())
 
 
@@ -336,41 +293,24 @@ class DepthPicture(io.ComfyNode):
             node_id="ModalityForcingDepthPicture",
             display_name="Depth to Picture",
             category=CATEGORY,
-            description="Colours raw depth for the eye, or turns it into a gray map. It carries no depth values any more.",
+            description="Colours raw depth for the eye. A picture carries no depth values any more.",
             search_aliases=["colorize depth", "depth preview", "visualize depth", "colormap"],
             inputs=[
-                *_depth_inputs(),
+                io.Image.Input("depth", tooltip=RAW_DEPTH_TIP),
+                io.Mask.Input("valid", optional=True, tooltip=VALID_TIP),
                 io.Combo.Input(
                     "colormap", options=list(COLORMAPS), tooltip="Colours follow inverse depth, as eyes do."
-                ),
-                io.Float.Input(
-                    "near",
-                    default=0.0,
-                    min=0.0,
-                    max=1e6,
-                    step=0.01,
-                    tooltip="Depth at which the colours begin. 0: the 2nd percentile of each map.",
-                ),
-                io.Float.Input(
-                    "far",
-                    default=0.0,
-                    min=0.0,
-                    max=1e6,
-                    step=0.01,
-                    tooltip="Depth at which the colours end. 0: the 98th percentile of each map.",
                 ),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, depth, colormap, near, far, valid=None) -> io.NodeOutput:
+    def execute(cls, depth, colormap, valid=None) -> io.NodeOutput:
         from mf_diffusers.visualization import colorize_depth
 
         depth, valid = depth_from_image(depth, valid)
-        picture = colorize_depth(
-            depth[:, 0].numpy(), valid[:, 0].numpy(), cmap=COLORMAPS[colormap], near=near or None, far=far or None
-        )
+        picture = colorize_depth(depth[:, 0].numpy(), valid[:, 0].numpy(), COLORMAPS[colormap])
         return io.NodeOutput(torch.from_numpy(picture).float() / 255)
 
 
@@ -381,11 +321,11 @@ class DepthPoints(io.ComfyNode):
             node_id="ModalityForcingDepthPoints",
             display_name="Depth to Points",
             category=CATEGORY,
-            description="Raw depth to coloured point clouds (PLY) and to the geometry that ComfyUI's own MoGe nodes turn "
-            "into meshes and normal maps.",
+            description="Raw depth to coloured point clouds, and to geometry for ComfyUI's MoGe mesh and render nodes.",
             search_aliases=["point cloud", "ply", "depth to mesh", "3d", "unproject", "moge geometry", "normals"],
             inputs=[
-                *_depth_inputs(),
+                io.Image.Input("depth", tooltip=RAW_DEPTH_TIP),
+                io.Mask.Input("valid", optional=True, tooltip=VALID_TIP),
                 io.Image.Input("image", optional=True, tooltip="Colours of the points, of the size of the depth."),
                 io.Float.Input(
                     "fov",
@@ -393,7 +333,7 @@ class DepthPoints(io.ComfyNode):
                     min=1.0,
                     max=170.0,
                     step=0.5,
-                    tooltip="Field of view of the camera along the longer side, in degrees. Phones see 50 to 80.",
+                    tooltip="Field of view along the longer side, in degrees. Phones see 50 to 80.",
                 ),
                 io.Float.Input(
                     "edge_threshold",
@@ -401,65 +341,27 @@ class DepthPoints(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Points at depth jumps of more than this share are left out, where they would fly between "
-                    "surfaces. 0: all stay.",
+                    tooltip="Points at depth jumps above this share are left out, where they fly between surfaces. "
+                    "0: all stay.",
                 ),
             ],
             outputs=[
-                io.File3DPLY.Output(
-                    display_name="point_cloud",
-                    is_output_list=True,
-                    tooltip="One PLY for each map; 'Save 3D Model' and 'Preview Point Cloud' take it.",
-                ),
+                io.File3DPLY.Output(display_name="point_cloud", is_output_list=True, tooltip="One PLY for each map."),
                 MogeGeometry.Output(display_name="moge_geometry", tooltip="For the stock MoGe render and mesh nodes."),
             ],
         )
 
     @classmethod
     def execute(cls, depth, fov, edge_threshold, valid=None, image=None) -> io.NodeOutput:
-        from mf_diffusers.geometry import depth_edges, intrinsics_from_fov, point_cloud, unproject
-
-        maps, valid = depth_from_image(depth, valid)
-        if image is not None and (image.shape[1:3] != depth.shape[1:3] or len(image) not in (1, len(depth))):
-            raise ValueError(
-                f"{len(image)} images of {_size(image)} do not fit {len(depth)} depth maps of {_size(depth)} (H x W): "
-                "connect the image that belongs to the depth."
-            )
-        picture = torch.full((*depth.shape[:3], 3), 0.75) if image is None else image[..., :3].cpu().float()
-        picture = picture.expand(len(depth), -1, -1, -1)
-        height, width = depth.shape[1:3]
-        camera = intrinsics_from_fov(width, height, fov)
-        clouds, points, kept = [], [], []
-        for values, mask, colors in zip(maps[:, 0].numpy(), valid[:, 0].numpy(), picture):
-            colors = (colors.clamp(0, 1) * 255).round().byte().numpy()
-            cloud = point_cloud(values, colors, mask, intrinsics=camera, edge_threshold=edge_threshold or None)
-            clouds.append(_ply(*cloud))
-            mask = mask & (values > 0)
-            if edge_threshold:
-                mask = mask & ~depth_edges(values, mask, edge_threshold)
-            points.append(torch.from_numpy(unproject(values, camera)))
-            kept.append(torch.from_numpy(mask))
-        kept, normalized = torch.stack(kept), torch.tensor(camera, dtype=torch.float32)
-        # ComfyUI's cameras measure in pictures, with pixel centres at halves.
-        normalized[0] = torch.tensor([camera[0, 0] / width, 0, 0.5])
-        normalized[1] = torch.tensor([0, camera[1, 1] / height, 0.5])
-        geometry = {
-            "points": torch.where(kept[..., None], torch.stack(points), torch.inf),
-            "depth": torch.where(kept, maps[:, 0], torch.inf),
-            "intrinsics": normalized.expand(len(maps), -1, -1),
-            "mask": kept,
-            "image": picture,
-        }
-        return io.NodeOutput(clouds, geometry)
+        files, geometry = points_from_depth(depth, valid, image, fov, edge_threshold or None)
+        return io.NodeOutput([Types.File3D(BytesIO(ply), file_format="ply") for ply in files], geometry)
 
 
 class LoadDepth(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         folder = Path(folder_paths.get_input_directory())
-        files = [
-            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in DEPTH_SUFFIXES
-        ]
+        files = [path for path in folder.rglob("*") if path.suffix.lower() in DEPTH_SUFFIXES]
         return io.Schema(
             node_id="ModalityForcingLoadDepth",
             display_name="Load Depth",
@@ -467,14 +369,18 @@ class LoadDepth(io.ComfyNode):
             description="Reads raw depth from EXR, 16-bit PNG, npy, npz, TIFF or PFM, unrounded and in its unit.",
             search_aliases=["load exr", "load npy", "16-bit png", "depth file", "import depth"],
             inputs=[
-                io.Combo.Input("file", options=sorted(files), tooltip="A depth file in ComfyUI's input folder."),
+                io.Combo.Input(
+                    "file",
+                    options=sorted(path.relative_to(folder).as_posix() for path in files),
+                    tooltip="A depth file in ComfyUI's input folder.",
+                ),
                 io.Float.Input(
                     "scale",
                     default=0.0,
                     min=0.0,
                     max=1e6,
                     step=0.0001,
-                    tooltip="What stored values are multiplied by: 0.001 for millimetres. 0: as the file says, else 1.",
+                    tooltip="What stored values are multiplied by: 0.001 for millimetres. 0: what the file says, or 1.",
                 ),
                 io.Float.Input(
                     "missing_value",
@@ -482,7 +388,7 @@ class LoadDepth(io.ComfyNode):
                     min=0.0,
                     max=1e12,
                     step=1.0,
-                    tooltip="A stored value that means 'missing', 65535 for one; 0, negative, NaN and inf always do.",
+                    tooltip="A stored value that means 'missing', such as 65535. 0, NaN and inf always do.",
                 ),
             ],
             outputs=[
@@ -494,16 +400,11 @@ class LoadDepth(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
         path = Path(folder_paths.get_annotated_filepath(file)).resolve()
-        roots = (
-            folder_paths.get_input_directory(),
-            folder_paths.get_output_directory(),
-            folder_paths.get_temp_directory(),
-        )
-        if not any(path.is_relative_to(os.path.realpath(root)) for root in roots):
-            return f"{file} lies outside ComfyUI's folders: copy it into {roots[0]}."
-        if not path.is_file():
-            return f"There is no file {file} in {roots[0]}: copy it there, or choose another."
-        return True
+        folder = folder_paths.get_input_directory()
+        allowed = (folder, folder_paths.get_output_directory(), folder_paths.get_temp_directory())
+        if not any(path.is_relative_to(os.path.realpath(root)) for root in allowed):
+            return f"{file} lies outside ComfyUI's folders: copy it into {folder}."
+        return True if path.is_file() else f"There is no file {file} in {folder}: copy it there, or choose another."
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
@@ -514,9 +415,7 @@ class LoadDepth(io.ComfyNode):
     def execute(cls, file, scale, missing_value) -> io.NodeOutput:
         from mf_diffusers.depth_io import read_depth
 
-        depth = read_depth(
-            folder_paths.get_annotated_filepath(file), scale=scale or None, invalid=missing_value or None
-        )
+        depth = read_depth(folder_paths.get_annotated_filepath(file), scale or None, missing_value or None)
         depth = torch.from_numpy(depth)[None, None]
         return io.NodeOutput(image_from_depth(depth), (depth[:, 0] > 0).float())
 
@@ -526,19 +425,8 @@ class ModalityForcingExtension(ComfyExtension):
         return [LoadPipeline, EmptyLatent, Encode, Trajectory, Decode, DepthPicture, DepthPoints, LoadDepth]
 
 
-def _model_input() -> io.Model.Input:
-    return io.Model.Input(
-        "model", tooltip="A Modality Forcing model, from 'Load Diffusion Model' or 'Load Modality Forcing Pipeline'."
-    )
-
-
-def _depth_inputs() -> list[io.Input]:
-    return [
-        io.Image.Input("depth", tooltip="Raw depth, larger is farther. From 'Decode RGB-D' or 'Load Depth'."),
-        io.Mask.Input(
-            "valid", optional=True, tooltip="1 where depth counts. Left out: wherever it is positive and finite."
-        ),
-    ]
+async def comfy_entrypoint() -> ModalityForcingExtension:
+    return ModalityForcingExtension()
 
 
 def _pipeline_folders() -> dict[str, Path]:
@@ -552,11 +440,11 @@ def _pipeline_folders() -> dict[str, Path]:
 
 
 def _geometry(model) -> tuple[int, int]:
-    """Channels of an image latent, and pixels along a token."""
+    """Channels of a model's image latents, and pixels along its tokens."""
     if not isinstance(model.model, ModalityForcing):
         raise ValueError(
-            f"This model ({type(model.model).__name__}) has no depth stream: connect a Modality Forcing model, from 'Load "
-            "Diffusion Model' or 'Load Modality Forcing Pipeline'."
+            f"This model ({type(model.model).__name__}) has no depth stream: connect a Modality Forcing model, from "
+            "'Load Diffusion Model' or 'Load Modality Forcing Pipeline'."
         )
     return model.model.latent_format.latent_channels, model.model.latent_format.spacial_downscale_ratio
 
@@ -564,42 +452,61 @@ def _geometry(model) -> tuple[int, int]:
 def _streams_of(latent: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Image latents (B, C, h, w) and depth maps (B, 1, H, W) of an RGB-D latent."""
     samples = latent["samples"]
-    streams = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+    streams = samples.unbind() if samples.is_nested else [samples]
     if len(streams) != 2 or streams[1].ndim != 4 or streams[1].shape[1] != 1:
         raise ValueError(
-            f"This latent has shapes {[list(x.shape) for x in streams]} and no depth in it: connect one from 'Empty RGB-D "
-            "Latent' or 'Encode RGB-D', through a sampler."
+            f"This latent has shapes {[list(x.shape) for x in streams]} and no depth in it: connect one from 'Empty "
+            "RGB-D Latent' or 'Encode RGB-D', through a sampler."
         )
     return tuple(x.float() for x in streams)
 
 
-def _what_to_keep(keep: str, image, depth, image_latent, depth_map) -> str:
-    if keep == "what is connected":
+def _what_to_keep(keep: str, image, depth, latent) -> str:
+    if image is None and depth is None and latent is None:
+        raise ValueError("Nothing is connected: give an image to make depth of it, or depth to make images of it.")
+    if keep == KEEP_AUTO:
         if (image is None) == (depth is None):
             raise ValueError("Say what to `keep`: 'image' (depth is made), 'depth' (the image is made) or 'nothing'.")
         return "image" if depth is None else "depth"
-    for name, latent in (("image", image_latent), ("depth", depth_map)):
-        if keep == name and latent is None:
-            raise ValueError(f"`keep` is '{name}', but there is none: connect {name}, or a latent that has it.")
+    if latent is None and ((keep == "image" and image is None) or (keep == "depth" and depth is None)):
+        raise ValueError(f"`keep` is '{keep}', but there is none: connect {keep}, or a latent that has it.")
     return keep
+
+
+def _sizes(model, side: int, image, depth, latent) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of tokens to work with, and the (height, width) to return."""
+    from mf_diffusers.modality_forcing.image_processor import processing_size
+
+    token = _geometry(model)[1]
+    given = [tuple(x.shape[1:3]) for x in (image, depth) if x is not None]
+    if len(set(given)) > 1:
+        raise ValueError(
+            f"The image is {given[0][0]}x{given[0][1]} and the depth {given[1][0]}x{given[1][1]} (H x W): resize one "
+            "to the size of the other."
+        )
+    if latent is not None:
+        images, depths = _streams_of(latent)
+        return tuple(images.shape[-2:]), (given or [latent.get(INFO, {}).get("size", tuple(depths.shape[-2:]))])[0]
+    side = side or model.model.sample_size
+    height, width = processing_size(*given[0], pixels=side * side, multiple=token)
+    return (height // token, width // token), given[0]
+
+
+def _encode_image(vae, image: torch.Tensor, working: tuple[int, int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """IMAGE (B, H, W, C) -> latents (B, *shape)."""
+    from mf_diffusers.modality_forcing.image_processor import resize
+
+    if vae is None:
+        raise ValueError("An image is connected, but no VAE: connect the VAE of the model.")
+    pixels = resize(image[..., :3].movedim(-1, 1).float().clamp(0, 1), working)
+    latents = vae.encode(pixels.movedim(1, -1)).float()
+    if tuple(latents.shape[1:]) != shape:
+        raise ValueError(
+            f"This VAE makes latents {list(latents.shape[1:])} where the model takes {list(shape)}: connect the VAE "
+            "that belongs to the model."
+        )
+    return latents
 
 
 def _zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, device=comfy.model_management.intermediate_device())
-
-
-def _size(image: torch.Tensor) -> str:
-    return "x".join(map(str, image.shape[1:3]))
-
-
-def _ply(points, colors) -> Types.File3D:
-    from mf_diffusers.geometry import save_ply
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "points.ply")
-        save_ply(path, points, colors)
-        return Types.File3D(bytes_io.BytesIO(path.read_bytes()), file_format="ply")
-
-
-async def comfy_entrypoint() -> ModalityForcingExtension:
-    return ModalityForcingExtension()

@@ -33,9 +33,10 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.base, self.log = base, base / "server.log"
+        command = [sys.executable, "main.py", "--cpu", "--port", self.port, "--base-directory", base]
+        command += ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
         self.process = subprocess.Popen(
-            [sys.executable, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base)]
-            + ["--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"],
+            [str(part) for part in command],
             cwd=comfyui,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
@@ -117,5 +118,3 @@ class Node:
 
     def __getitem__(self, output: int) -> list:
         return [self.name, output]
-
-

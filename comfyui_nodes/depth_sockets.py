@@ -1,0 +1,142 @@
+"""Raw depth in ComfyUI's sockets: pictures, the maps of an RGB-D latent, point clouds and MoGe geometry.
+
+In an IMAGE, raw depth has three equal channels: float32 in any unit, larger is farther, 0 where it is missing.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+GRAY = 0.75  # of points without an image
+
+
+def image_from_depth(depth: torch.Tensor) -> torch.Tensor:
+    """Depth maps (B, 1, H, W) -> IMAGE (B, H, W, 3)."""
+    return depth.float().movedim(1, -1).expand(-1, -1, -1, 3).contiguous()
+
+
+def depth_from_image(image: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        image: IMAGE (B, H, W, C) of equal channels; 0, negative, NaN and inf are missing.
+        mask: MASK (B, H, W) or (1, H, W), not 0 where depth counts.
+
+    Returns:
+        Depth (B, 1, H, W), float32, 0 where it is missing; and its validity (B, 1, H, W), bool.
+
+    Raises:
+        ValueError: a colour picture, or a mask of another size; the message says what to connect instead.
+    """
+    channels = image.cpu().float().movedim(-1, 1).nan_to_num()
+    depth = channels[:, :1]
+    if not torch.equal(channels, depth.expand_as(channels)):
+        raise ValueError(
+            "A colour picture is connected as depth, but colours carry no depth values: connect raw depth, from 'Load "
+            "Depth' or 'Decode RGB-D'."
+        )
+    valid = (depth > 0) & torch.isfinite(image[..., :1].cpu().movedim(-1, 1))
+    if mask is not None:
+        if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
+            raise ValueError(
+                f"The mask has shape {list(mask.shape)}, the depth {list(depth[:, 0].shape)} (B, H, W): connect the "
+                "mask that belongs to the depth."
+            )
+        valid = valid & (mask.cpu() != 0)[:, None]
+    return torch.where(valid, depth, 0.0), valid
+
+
+def encode_depth(
+    image: torch.Tensor, mask: torch.Tensor | None, size: tuple[int, int], inverse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        image, mask: see [`depth_from_image`].
+        size: (height, width) to resample to.
+        inverse: values are inverse depth, bright is near.
+
+    Returns:
+        Contracted depth (B, 1, *size), 0 where it is missing; where it is missing, bool; and the scale (B,) it was
+        divided by.
+
+    Raises:
+        ValueError: as [`depth_from_image`]; or a map has no valid pixel.
+    """
+    from mf_diffusers import DepthProcessor
+
+    depth, valid = depth_from_image(image, mask)
+    if inverse:
+        depth = torch.where(valid, 1 / depth, 0.0)
+    processor = DepthProcessor(patch_size=1)
+    tokens, valid, scale = processor.preprocess(depth, valid, *size)
+    empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. Check "
+            "the file and its mask, or leave depth out."
+        )
+    return torch.where(valid, processor.unpatchify(tokens, *size), 0.0), ~valid, scale
+
+
+def points_from_depth(
+    image: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    colors: torch.Tensor | None = None,
+    fov: float = 55.0,
+    edge_threshold: float | None = 0.1,
+) -> tuple[list[bytes], dict[str, torch.Tensor]]:
+    """
+    Args:
+        image, mask: see [`depth_from_image`].
+        colors: IMAGE (B, H, W, 3) or (1, H, W, 3) of the size of the depth. `None`: gray.
+        fov: field of view along the longer side, in degrees.
+        edge_threshold: see `mf_diffusers.geometry.depth_edges`. `None`: points at depth jumps stay.
+
+    Returns:
+        A binary PLY for each map; and MOGE_GEOMETRY: "points" (B, H, W, 3) in OpenCV axes and "depth" (B, H, W), both
+        inf where they do not count, "mask" (B, H, W), "intrinsics" (B, 3, 3) and "image" (B, H, W, 3).
+
+    Raises:
+        ValueError: as [`depth_from_image`]; colours of another size; a map has no point left.
+    """
+    from mf_diffusers.geometry import depth_edges, intrinsics_from_fov, point_cloud, unproject
+
+    depth, valid = depth_from_image(image, mask)
+    batch_size, height, width = image.shape[:3]
+    if colors is None:
+        colors = torch.full((1, height, width, 3), GRAY)
+    if colors.shape[1:3] != image.shape[1:3] or len(colors) not in (1, batch_size):
+        raise ValueError(
+            f"The image has shape {list(colors.shape)}, the depth {list(image.shape)} (B, H, W, C): connect the image "
+            "that belongs to the depth."
+        )
+    colors = colors[..., :3].cpu().float().expand(batch_size, -1, -1, -1)
+    camera = intrinsics_from_fov(width, height, fov)
+    files, points, kept = [], [], []
+    for values, counts, picture in zip(depth[:, 0].numpy(), valid[:, 0].numpy(), colors):
+        picture = (picture.clamp(0, 1) * 255).round().byte().numpy()
+        files.append(_ply(*point_cloud(values, picture, counts, intrinsics=camera, edge_threshold=edge_threshold)))
+        if edge_threshold is not None:
+            counts = counts & ~depth_edges(values, counts, edge_threshold)
+        points.append(torch.from_numpy(unproject(values, camera)))
+        kept.append(torch.from_numpy(counts))
+    kept = torch.stack(kept)
+    # ComfyUI's cameras measure in widths and heights of the picture, from its corner.
+    focal_x, focal_y = camera[0, 0] / width, camera[1, 1] / height
+    return files, {
+        "points": torch.where(kept[..., None], torch.stack(points), torch.inf),
+        "depth": torch.where(kept, depth[:, 0], torch.inf),
+        "mask": kept,
+        "intrinsics": torch.tensor([[[focal_x, 0, 0.5], [0, focal_y, 0.5], [0, 0, 1]]]).expand(batch_size, -1, -1),
+        "image": colors,
+    }
+
+
+def _ply(points, colors) -> bytes:
+    from mf_diffusers.geometry import save_ply
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "points.ply")
+        save_ply(path, points, colors)
+        return path.read_bytes()
