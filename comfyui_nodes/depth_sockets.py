@@ -123,7 +123,7 @@ def points_from_depth(
         kept.append(torch.from_numpy(counts))
     kept = torch.stack(kept)
     # ComfyUI's cameras measure in widths and heights of the picture, from its corner.
-    focal_x, focal_y = camera[0, 0] / width, camera[1, 1] / height
+    focal_x, focal_y = float(camera[0, 0] / width), float(camera[1, 1] / height)
     return files, {
         "points": torch.where(kept[..., None], torch.stack(points), torch.inf),
         "depth": torch.where(kept, depth[:, 0], torch.inf),
