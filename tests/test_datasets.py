@@ -447,6 +447,7 @@ def write_waymo(root, segment, times, width=48, height=32):
                 if tag != "lidar_pose" or laser == 1:
                     start = f"[{component}].range_image_return1"
                     row = {f"{start}.values": np.float32(array.ravel()), f"{start}.shape": np.int32(array.shape)}
+                    row |= {name.replace("return1", "return2"): value for name, value in row.items()}
                     tables[tag].append(key_time | {"key.laser_name": laser} | row)
     tables["camera_calibration"] = [
         key

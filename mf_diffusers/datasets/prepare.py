@@ -25,7 +25,7 @@ import numpy as np
 import OpenEXR
 from PIL import Image
 
-from mf_diffusers.datasets import DATASETS
+from mf_diffusers.datasets import DATASETS, Frame
 from mf_diffusers.files import atomic_write
 from mf_diffusers.visualization import colorize_depth, contact_sheet
 
@@ -34,7 +34,7 @@ FRAMES_PER_SHARD = 1000
 UNREADABLE_SHARE = 0.01
 ROUNDING = 2.0**-11
 MANIFEST, SUMMARY, SHEET = "manifest.jsonl", "summary.json", "contact_sheet.jpg"
-SHEET_FRAMES = 8
+SHEET_FRAMES, SHEET_CELL = 8, 256
 COUNTS = ("frames", "pixels", "valid_pixels", "infinite_pixels", "with_intrinsics", "with_caption", "bytes")
 LISTS = ("unreadable", "without_depth")
 
@@ -293,10 +293,11 @@ def sheet_of(folder, summary):
         with tarfile.open(folder / list(summary["shards"])[shard]) as tar:
             keys = [name.removesuffix(".json") for name in tar.getnames() if name.endswith(".json")]
             picture, depth, entry = read_frame(tar, keys[number - int(ends[shard])])
-        depth = depth.astype(np.float32)
-        known = depth[np.isfinite(depth) & (depth > 0)]
+        frame = Frame(entry["name"], np.asarray(picture), depth.astype(np.float32)).within(SHEET_CELL**2)
+        known = frame.depth[frame.mask]
         unit = " m" if summary["metric"] else ""
-        rows.append([picture, Image.fromarray(colorize_depth(depth))])
-        labels.append(f"{entry['name'].replace('/', ' / ')}\n{known.min():.3g} to {known.max():.3g}{unit}")
-    title = f"{summary['dataset']}: {summary['frames']:,} frames in {len(summary['shards'])} shards"
-    return contact_sheet(rows, row_labels=labels, column_labels=["picture", "depth, near red to far blue"], title=title)
+        rows.append([Image.fromarray(frame.image), Image.fromarray(colorize_depth(frame.depth))])
+        labels.append(f"{frame.name.replace('/', ' / ')}\n{known.min():.3g} to {known.max():.3g}{unit}")
+    columns = ["picture", "depth: near red, far blue, missing or infinite gray"]
+    title = f"{summary['dataset']}: {summary['frames']:,} frames, shards: {len(summary['shards'])}"
+    return contact_sheet(rows, labels, columns, SHEET_CELL, title)

@@ -97,6 +97,7 @@ class Rows:
 
         self._file = pyarrow.parquet.ParquetFile(path)
         self._prefix = f"[{component}]."
+        self._columns = [name for name in self._file.schema_arrow.names if "_return2" not in name]
         columns = self._file.read(columns=list(keys)).to_pydict()
         self._index = {key: row for row, key in enumerate(zip(*(columns[key] for key in keys)))}
         self._stream, self._next = None, 0
@@ -104,7 +105,7 @@ class Rows:
     def __getitem__(self, key):
         row = self._index[key]
         if self._stream is None or row < self._next:
-            self._stream, self._next = self._file.iter_batches(batch_size=1), 0
+            self._stream, self._next = self._file.iter_batches(batch_size=1, columns=self._columns), 0
         while self._next <= row:
             batch = next(self._stream)
             self._next += 1
