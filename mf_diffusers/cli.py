@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from typer.core import TyperGroup
 
 import mf_diffusers
@@ -27,6 +28,14 @@ from mf_diffusers.datasets import DATASETS
 from mf_diffusers.datasets.prepare import SHEET, SUMMARY, prepare_dataset
 from mf_diffusers.demo import run_demo
 from mf_diffusers.depth_io import DEPTH_SUFFIXES, IMAGE_SUFFIXES, as_depth_map, read_depth, read_image
+from mf_diffusers.evaluation.alignment import ALIGNMENTS
+from mf_diffusers.evaluation.comparison import compare as compare_reports
+from mf_diffusers.evaluation.metrics import NEGATIVE
+from mf_diffusers.evaluation.predictors import FolderPredictor, ModelPredictor
+from mf_diffusers.evaluation.protocol import BENCHMARKS, Protocol
+from mf_diffusers.evaluation.report import FAILED, NO_TRUTH
+from mf_diffusers.evaluation.run import evaluate as run_evaluation
+from mf_diffusers.evaluation.run import processes
 from mf_diffusers.modality_forcing.loaders import TEXT_ENCODERS
 from mf_diffusers.results import place_result, temporary_folder, write_result
 
@@ -335,6 +344,106 @@ def info(
             typer.echo(f"{f'{name} {label}'.replace('_', ' '):44}{entry}")
     uncounted = "activations are" if "text_encoder" in parts else "activations and the text encoder are"
     typer.echo(f"Inference takes more memory than these weights: {uncounted} not counted.")
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[str, option(**choice(*BENCHMARKS) | {"metavar": "NAME"}, help=f"{', '.join(BENCHMARKS)}.")],
+    data: Annotated[Path, option(help="Folder of the benchmark's files.")],
+    model: Annotated[
+        str | None, option("--model", "-m", envvar="MF_DIFFUSERS_MODEL", help="Folder or Hub id of the model.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, option(help="Score depth files of any method instead: NAME.npy, .exr, .png, ... for each frame.")
+    ] = None,
+    ensemble: Annotated[int, option(min=1, help="Samples to take the median of; 10 in the paper.")] = 1,
+    steps: Steps = 50,
+    seed: Annotated[int, option(min=0, max=2**32, help="Frame number i, from 0, has the seed SEED + i.")] = 0,
+    limit: Annotated[int | None, option(min=1, help="Only the first so many frames.")] = None,
+    alignment: Annotated[str, option(**choice(*ALIGNMENTS), help="Of the predictions to the truth.")] = "robust",
+    negative: Annotated[
+        str, option(**choice(*NEGATIVE), help="Aligned depth below 0: clip as Marigold's code, hit as MoGe's.")
+    ] = "error",
+    center_crop: Annotated[int | None, option(min=1, help="Evaluate centred squares of this side.")] = None,
+    geometry: Annotated[bool, option("--geometry", help="Boundary F1 and point-cloud distances too.")] = False,
+    lora: Lora = None,
+    text_encoder: TextEncoder = None,
+    output: Annotated[Path, option("--output", "-o", panel="Result", help="Folder; a run in it goes on.")] = Path(
+        "outputs/evaluation"
+    ),
+    save_predictions: Annotated[
+        bool, option("--save-predictions", panel="Result", help="Keep them, for --predictions.")
+    ] = False,
+    overwrite: Annotated[bool, option("--overwrite", panel="Result", help="Begin anew.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = "none",
+    offline: Offline = False,
+    quiet: Quiet = False,
+):
+    """Score depth on a benchmark: a model's, or depth files made by any method.
+
+    Stopped runs go on with the same command. Several processes share the frames: torchrun --no-python
+    --nproc-per-node 4 mf-diffusers evaluate ...
+
+    mf-diffusers evaluate --model MODEL --dataset moge-nyuv2 --data data/NYUv2 --ensemble 10 --output outputs/nyuv2
+    """
+    protocol = Protocol(dataset, alignment, negative, center_crop, geometry)
+    frames = BENCHMARKS[dataset].open(data)
+    total = len(frames)  # what cannot be listed is found out before the model is loaded
+    if predictions:
+        predictor = FolderPredictor(predictions)
+    elif model is None:
+        raise ValueError("nothing to score: give a --model, or a folder of --predictions.")
+    else:
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+            if quiet:
+                library.utils.logging.set_verbosity_error()
+        device = str(processes().device) if device == "auto" else device
+        device, dtype = device_and_dtype(device, dtype, offload)
+        pipe = load_pipeline(model, device, dtype, text_encoder, lora, offload, offline)
+        pipe.set_progress_bar_config(disable=True)
+        facts = {"model": str(Path(model).resolve()) if Path(model).exists() else model, "lora": lora}
+        predictor = ModelPredictor(pipe, facts, steps, ensemble, seed, disparity=alignment == "disparity")
+    report = run_evaluation(frames, protocol, predictor, output, limit, save_predictions, overwrite, quiet)
+    if report is None:  # the main process speaks
+        return
+    mean = report["mean"]
+    if mean and not quiet:
+        table = Table("frames", "AbsRel", "delta1", title=f"{dataset}, {alignment} alignment")
+        table.add_row(f"{mean['images']} of {total}", f"{mean['abs_rel']:.4f}", f"{mean['delta1']:.4f}")
+        Console().print(table)
+        print(output / "report.md")
+    failed = [frame["reason"] for frame in report["left_out"] if frame["status"] == FAILED]
+    without = [frame["reason"] for frame in report["left_out"] if frame["status"] == NO_TRUTH]
+    for kind, lines in (("warning", [*without, *report["warnings"]]), ("error", failed)):
+        for line in lines[:10]:
+            typer.echo(f"{kind}: {line}", err=True)
+        if len(lines) > 10:
+            typer.echo(f"{kind}: and {len(lines) - 10} more, in {output / 'report.json'}", err=True)
+    if failed or not mean:
+        scored, frames = mean.get("images", 0), report["counts"]["frames"]
+        typer.echo(f"{len(failed)} of {frames} frames failed, {scored} are scored.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="report.json of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="report.json of another, over the same frames.")],
+    seed: Annotated[int, option(min=0, help="Of the resampling.")] = 0,
+):
+    """Compare two evaluations of the same frames, with 95 % intervals of the differences.
+
+    mf-diffusers compare outputs/a/report.json outputs/b/report.json
+    """
+    table = Table("metric", "A", "B", "B - A", "95 % interval", "frames")
+    for metric, row in compare_reports(first, second, seed=seed).items():
+        values = [f"{row[name]:.4f}" for name in ("first", "second")]
+        interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
+        table.add_row(metric, *values, f"{row['difference']:+.4f}", interval, str(row["frames"]))
+    Console().print(table)
 
 
 @app.command()

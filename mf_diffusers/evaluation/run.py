@@ -13,7 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -96,7 +98,8 @@ def evaluate(dataset, protocol, predictor, output, limit=None, save_predictions=
 
 def processes():
     """The processes that share the run, as accelerate or torchrun started them."""
-    return PartialState(timeout=PATIENCE)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
 def evaluate_frame(dataset, number, protocol, predictor):
@@ -115,13 +118,11 @@ def evaluate_frame(dataset, number, protocol, predictor):
         record["left_out"] = left_out
         if not view.depth.any():
             why = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-            record |= {"status": NO_TRUTH, "reason": f"{name}: no pixel has true depth that counts ({why})"}
-            return record, None
+            reason = f"{name}: no pixel has true depth that counts ({why})"
+            return record | {"status": NO_TRUTH, "reason": reason}, None
         prediction, note = predictor(view, number)
     except (ValueError, OSError) as error:
-        text = " ".join(str(error).split())
-        record |= {"status": FAILED, "reason": text if name in text else f"{name}: {text}"}
-        return record, None
+        return record | {"status": FAILED, "reason": f"{name}: {' '.join(str(error).split())}"}, None
     aligned, complaint = protocol.align(prediction, view.depth)
     metrics = protocol.score(aligned, view.depth, view.intrinsics)
     finite = prediction[np.isfinite(prediction) & (view.depth > 0)]
