@@ -132,7 +132,7 @@ def report(config, model, stacks: list[Stack], token_size: int, text_bytes: int,
         f"  {sum(needs.values()) / 2**30:8.2f} GiB  in all; finetune/dry_run.py says what is left out",
     ]
     for name in ("data", "validation_data"):
-        if hasattr(config, name):
+        if getattr(config, name, None):
             lines += describe_source(name, getattr(config, name), config.cache, token_size)
     channels = getattr(model, "transformer", model).config.in_channels
     size = cache_bytes(config.cache, token_size, channels, text_bytes)

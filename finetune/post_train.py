@@ -190,7 +190,7 @@ def main():
         if trainer.is_time_to_validate:
             pipe.to(trainer.device)
             with trainer.averaged_weights():
-                validate(pipe, held_out, trainer)
+                validate(pipe, held_out, trainer, encoder, config)
             if is_cached:
                 pipe.text_encoder.to("cpu")
 

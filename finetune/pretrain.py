@@ -10,6 +10,7 @@ Transformer and text encoder train together on captioned images; the VAE is give
 
 import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 
 from finetune.cache import CacheConfig, prepare_samples
 from finetune.config import load_config, save_config, take_flag
+from finetune.data import ReadReport, Source, build_source
 from finetune.dry_run import report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.trainer import Trainer, TrainerConfig
+from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
@@ -50,6 +53,7 @@ class PretrainConfig:
         vocabulary_size: of the tokenizer, trained on the captions of the first `cache.samples` samples, 5000 at most.
         mu, sigma: of the logit-normal noise levels.
         caption_dropout: share of empty prompts, which guidance needs.
+        validation_data: held-out samples; without them, validation takes the first of `data`.
         flip: mirror half of the samples, but none whose caption says left or right; needs `cache.folder: null`.
     """
 
@@ -63,6 +67,7 @@ class PretrainConfig:
     sigma: float = 1.0
     caption_dropout: float = 0.1
     data: dict[str, Any] = field(default_factory=dict)
+    validation_data: dict[str, Any] = field(default_factory=dict)
     flip: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -119,19 +124,27 @@ class TextToImage(torch.nn.Module):
         )[0]
 
 
+def squared_error(model, batch: EncodedBatch, timestep, noise, prompts: list[str], token_size: int) -> torch.Tensor:
+    """Of the velocity (B, N, C), at noise levels (B,), for RGB noise (B, N, C)."""
+    latents, height, width = batch.latents.to(noise.device), *batch.depth.shape[-2:]
+    img_ids = position_ids(rows=height // token_size, columns=width // token_size).to(noise.device)
+    velocity = model(add_noise(latents, noise, timestep), timestep, img_ids, prompts)
+    return (velocity.float() - (noise - latents)).square()
+
+
+def draw_noise(batch: EncodedBatch, generators: list[torch.Generator], device) -> torch.Tensor:
+    return torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in generators]).to(device)
+
+
 def micro_batch_loss(config: PretrainConfig, model, batch: EncodedBatch, generators, token_size: int, device):
     """Velocity loss of a micro batch; what is random about a sample comes from its generator."""
-    latents = batch.latents.to(device)
-    height, width = batch.depth.shape[-2:]
     timestep = torch.stack([sample_logit_normal((), config.mu, config.sigma, g) for g in generators]).to(device)
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
+    noise = draw_noise(batch, generators, device)
     prompts = [
         "" if torch.rand((), generator=g) < config.caption_dropout else caption
         for g, caption in zip(generators, batch.captions)
     ]
-    img_ids = position_ids(rows=height // token_size, columns=width // token_size).to(device)
-    velocity = model(add_noise(latents, noise, timestep), timestep, img_ids, prompts)
-    return (velocity.float() - (noise - latents)).square().mean()
+    return squared_error(model, batch, timestep, noise, prompts, token_size).mean()
 
 
 def make_pipeline(config: PretrainConfig, model: TextToImage, vae: AutoencoderKLFlux2) -> Flux2KleinPipeline:
@@ -146,24 +159,41 @@ def make_pipeline(config: PretrainConfig, model: TextToImage, vae: AutoencoderKL
     return pipe
 
 
-def validate(config: PretrainConfig, trainer: Trainer, pipe: Flux2KleinPipeline, captions: list[str]) -> None:
-    """Square pictures of twelve captions."""
+def picture_grid(config: PretrainConfig, pipe: Flux2KleinPipeline, captions: list[str], token_size: int):
+    """Square pictures of captions, in two rows."""
+    side = round(config.cache.pixels**0.5 / token_size) * token_size
+    images = pipe(
+        prompt=captions,
+        height=side,
+        width=side,
+        num_inference_steps=30,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
+        max_sequence_length=config.max_sequence_length,
+        text_encoder_out_layers=config.text_encoder_out_layers,
+    ).images
+    half = len(images) // 2
+    return contact_sheet([images[:half], images[half:]], cell=max(side, 96))
+
+
+def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage, encoder: Encoder, source: Source):
+    """Logs losses of held-out samples by level, and writes pictures of the captions of some."""
     if not trainer.accelerator.is_main_process:
         return
-    token_size = 2 * pipe.vae_scale_factor
-    side = round(config.cache.pixels**0.5 / token_size) * token_size
-    with trainer.averaged_weights():
-        images = pipe(
-            prompt=captions,
-            height=side,
-            width=side,
-            num_inference_steps=30,
-            guidance_scale=3.0,
-            generator=[torch.Generator().manual_seed(i) for i in range(12)],
-            max_sequence_length=config.max_sequence_length,
-            text_encoder_out_layers=config.text_encoder_out_layers,
-        ).images
-    sheet = contact_sheet([images[:6], images[6:]], cell=max(side, 96), title=f"step {trainer.step}")
+
+    def losses_at(batch, generators, level):
+        noise = draw_noise(batch, generators, trainer.device)
+        timestep = torch.full((len(generators),), level, device=trainer.device)
+        error = squared_error(model, batch, timestep, noise, batch.captions, encoder.token_size)
+        return {"rgb": error.mean(dim=(1, 2))}
+
+    report, losses = ReadReport(), defaultdict(list)
+    for batch in read_batches(source, 64, trainer.config.micro_batch_size, report):
+        for key, values in level_losses(losses_at, encoder, config.cache.pixels, *batch).items():
+            losses[key] += values
+    log_validation(trainer, losses, {})
+    captions = [sample["caption"] for sample in source.read(list(range(12)), report)]
+    sheet = picture_grid(config, pipe, captions, encoder.token_size)
     sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
 
 
@@ -181,24 +211,26 @@ def main():
         return
     torch.manual_seed(config.trainer.seed)
     vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval().to(PartialState().device)
-    token_size = 2 ** len(vae.config.block_out_channels)
-    samples = prepare_samples(config, {}, Encoder(vae, DepthProcessor(patch_size=token_size)))
+    encoder = Encoder(vae, DepthProcessor(patch_size=2 ** len(vae.config.block_out_channels)))
+    samples = prepare_samples(config, {}, encoder)
     captions = samples.captions(min(config.cache.samples, 5000))
     model = TextToImage(config, train_tokenizer(captions, config.vocabulary_size))
     trainer = Trainer(config.trainer, model)
     save_config(config, trainer.folder / "config.yaml")
     pipe = make_pipeline(config, model, vae)
+    held_out = build_source(config.validation_data or config.data)
 
     stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
         total = 0.0
         for batch, generators, weight in trainer.micro_batches(stream):
-            loss = micro_batch_loss(config, trainer.prepared, batch, generators, token_size, trainer.device)
+            loss = micro_batch_loss(config, trainer.prepared, batch, generators, encoder.token_size, trainer.device)
             trainer.accelerator.backward(loss * weight)
             total += loss.detach() * weight
         trainer.update({"loss": total})
         if trainer.is_time_to_validate:
-            validate(config, trainer, pipe, captions[:12])
+            with trainer.averaged_weights():
+                validate(config, trainer, pipe, model, encoder, held_out)
 
     with trainer.averaged_weights():
         if trainer.accelerator.is_main_process:
