@@ -1,0 +1,432 @@
+"""The native model inside ComfyUI, against the library: the same transformer, the same samples."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_TRANSFORMER, make_pipeline, randomize
+from safetensors.torch import load_file, save_file
+from test_golden import max_error
+
+from comfyui_nodes.streams import DEPTH_STRENGTHS, held_at
+from mf_diffusers import ModalityForcingFlux2Transformer2DModel
+from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids
+
+
+COMFYUI = os.environ.get("COMFYUI_PATH")
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(not COMFYUI, reason="needs ComfyUI: set COMFYUI_PATH, and run in ComfyUI's Python environment"),
+]
+HEIGHT, WIDTH, TOKEN = 24, 32, 4
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    sys.path.insert(0, COMFYUI)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import comfy.lora
+    import comfy.nested_tensor
+    import comfy.sample
+    import comfy.samplers
+    import comfy.sd
+
+    from comfyui_nodes.model import register
+
+    register()
+    return comfy
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = make_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def file(pipeline, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    pipeline.transformer.save_published(path, prefix="")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(comfy, file):
+    return comfy.sd.load_diffusion_model(str(file))
+
+
+def call_library(transformer, image, depth, levels, context):
+    rows, columns = image.shape[-2:]
+    token = HEIGHT // rows
+    tokens = depth.unflatten(2, (rows, token)).unflatten(4, (columns, token)).transpose(3, 4).flatten(4).flatten(1, 3)
+    output = transformer(
+        hidden_states=image.flatten(2).transpose(1, 2),
+        encoder_hidden_states=context,
+        timestep=levels[0],
+        img_ids=position_ids(rows=rows, columns=columns),
+        txt_ids=position_ids(length=context.shape[1]),
+        depth_hidden_states=tokens,
+        depth_timestep=levels[1],
+        depth_ids=position_ids(time=1, rows=rows, columns=columns),
+    )
+    clean = output.depth_sample.unflatten(2, (token, token)).unflatten(1, (rows, columns)).transpose(2, 3)
+    return output.sample.transpose(1, 2).unflatten(2, (rows, columns)), clean.flatten(3).flatten(1, 2)[:, None]
+
+
+def inputs(context_dim=48, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, 16, HEIGHT // TOKEN, WIDTH // TOKEN, generator=generator)
+    depth = torch.randn(2, 1, HEIGHT, WIDTH, generator=generator)
+    levels = [torch.rand(2, generator=generator), torch.rand(2, generator=generator)]
+    return image.to(dtype), depth.to(dtype), levels, torch.randn(2, 7, context_dim, generator=generator).to(dtype)
+
+
+@torch.no_grad()
+def call_both(model, transformer, dtype=torch.float32):
+    image, depth, levels, context = inputs(dtype=dtype)
+    ours = model.model.diffusion_model([image, depth], levels, context)
+    return list(zip(ours, call_library(transformer, image, depth, levels, context)))
+
+
+# The transformer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"depth_timestep_mixing": False, "num_depth_decoder_layers": 3},
+        {"num_attention_heads": 3, "mlp_ratio": 2.5, "num_layers": 1, "num_single_layers": 3},
+    ],
+)
+def test_transformer_parity(comfy, tmp_path, changes):
+    torch.manual_seed(0)
+    transformer = randomize(ModalityForcingFlux2Transformer2DModel(**TINY_TRANSFORMER | changes)).eval()
+    transformer.save_published(tmp_path / "model.safetensors", prefix="")
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"))
+    assert model.model.get_dtype() == torch.float32
+    for ours, reference in call_both(model, transformer):
+        assert max_error(ours, reference) <= 1e-4
+
+
+def test_bfloat16_body_and_float32_head(comfy, pipeline, tmp_path):
+    transformer = ModalityForcingFlux2Transformer2DModel.from_config(pipeline.transformer.config)
+    transformer.load_state_dict(pipeline.transformer.state_dict())
+    transformer.to(torch.bfloat16).save_published(tmp_path / "model.safetensors", prefix="")
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"), {"dtype": torch.bfloat16})
+    head = model.model.diffusion_model.depth_final_layer
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
+    assert model.model.diffusion_model.depth_in.weight.dtype == torch.bfloat16
+    (velocity, reference), (depth, depth_reference) = call_both(model, transformer, torch.bfloat16)
+    assert depth.dtype == torch.float32 and velocity.dtype == torch.bfloat16
+    # Roundings fall differently: as far from one another as from float32.
+    assert max_error(velocity.float(), reference.float()) <= 0.05
+    assert max_error(depth, depth_reference) <= 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_storage(comfy, file, model, dtype):
+    small = comfy.sd.load_diffusion_model(str(file), {"dtype": dtype})
+    parameters = dict(small.model.diffusion_model.named_parameters())
+    stays = {name for name, parameter in parameters.items() if parameter.dtype != dtype}
+    assert stays and all(name.startswith(("depth_final_layer.", "cross_alpha_")) for name in stays)
+    image, depth, levels, context = inputs()
+    with torch.no_grad():
+        velocity, clean = small.model.diffusion_model([image, depth], levels, context)
+        reference, clean_reference = model.model.diffusion_model([image, depth], levels, context)
+    assert max_error(velocity, reference) <= 0.3 * reference.abs().max()
+    assert max_error(clean, clean_reference) <= 0.3 * clean_reference.abs().max()
+
+
+def test_partial_offload(comfy, file, pipeline):
+    """Half of the weights stay behind and are cast as they are used, LoRA patches with them."""
+    model = comfy.sd.load_diffusion_model(str(file))
+    model.load(torch.device("cpu"), lowvram_model_memory=model.model_size() // 2)
+    assert model.model.model_lowvram
+    for ours, reference in call_both(model, pipeline.transformer):
+        assert max_error(ours, reference) <= 1e-4
+
+
+def test_golden_forward(comfy, golden_a, tmp_path):
+    weights = {key.removeprefix("dit."): x for key, x in load_file(golden_a / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors")).model.diffusion_model
+    golden = load_file(golden_a / "forward.safetensors")
+    for prefix in ("", "small."):
+        image = golden[prefix + "img"].transpose(1, 2).unflatten(2, (4, 4))
+        depth = model.depth_processor.unpatchify(golden[prefix + "depth"], 64, 64)
+        levels = golden[prefix + "timesteps"], golden[prefix + "depth_timesteps"]
+        with torch.no_grad():
+            velocity, clean = model([image, depth], levels, golden[prefix + "ctx"])
+        assert max_error(velocity.flatten(2).transpose(1, 2), golden[prefix + "rgb_out"]) <= 1e-4
+        assert max_error(model.depth_processor.patchify(clean), golden[prefix + "depth_out"]) <= 1e-4
+
+
+def test_klein_lora(comfy, file, pipeline):
+    """A LoRA in diffusers' names changes the patched model as it changes the library's."""
+    generator = torch.Generator().manual_seed(2)
+    weights = dict(pipeline.transformer.named_parameters())
+    lora, merged = {}, {name: weight.clone() for name, weight in pipeline.transformer.state_dict().items()}
+    for name in (
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.1.attn.to_v",
+        "transformer_blocks.0.attn.add_k_proj",
+        "transformer_blocks.1.attn.to_out.0",
+        "transformer_blocks.0.ff.linear_in",
+        "transformer_blocks.1.ff_context.linear_out",
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+        "single_transformer_blocks.1.attn.to_out",
+    ):
+        rows, columns = weights[f"{name}.weight"].shape
+        up, down = torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator)
+        lora |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+        merged[f"{name}.weight"] += 0.1 * up @ down
+    model = comfy.sd.load_diffusion_model(str(file))
+    before = call_both(model, pipeline.transformer)
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.1, 0.0)
+    assert len(patched.patches) == 8
+    patched.patch_model()
+    transformer = ModalityForcingFlux2Transformer2DModel.from_config(pipeline.transformer.config).eval()
+    transformer.load_state_dict(merged)
+    for (ours, reference), (unpatched, _) in zip(call_both(patched, transformer), before):
+        assert max_error(ours, reference) <= 1e-4
+        assert max_error(ours, unpatched) > 1e-2
+    patched.unpatch_model()
+
+
+def test_weights_that_are_not_whole(comfy, file):
+    weights = load_file(file)
+    del weights["depth_final_layer.linear.weight"]
+    with pytest.raises(ValueError, match=r"Missing keys: depth_final_layer.linear.weight"):
+        comfy.sd.load_diffusion_model_state_dict(weights)
+    weights = load_file(file)
+    for part in ("in_layer", "out_layer"):
+        weights[f"guidance_in.{part}.weight"] = weights[f"time_in.{part}.weight"].clone()
+    with pytest.raises(ValueError, match="guidance-distilled"):
+        comfy.sd.load_diffusion_model_state_dict(weights)
+
+
+# Sampling
+
+
+class Sampling:
+    """One pipeline on both sides, the same noise and noise levels."""
+
+    def __init__(self, comfy, model, pipeline):
+        self.comfy, self.model, self.pipeline = comfy, model, pipeline
+        generator = torch.Generator().manual_seed(3)
+        self.image_noise = torch.randn(1, 16, HEIGHT // TOKEN, WIDTH // TOKEN, generator=generator)
+        self.depth_noise = torch.randn(1, 1, HEIGHT, WIDTH, generator=generator)
+        self.image = torch.rand(1, 3, HEIGHT, WIDTH, generator=generator)
+        self.depth = torch.rand(1, 1, HEIGHT, WIDTH, generator=generator) + 0.3
+
+    def sigmas(self, steps):
+        even = np.linspace(1, 1 / steps, steps)
+        return self.pipeline.prepare_scheduler(self.pipeline.scheduler, even, "cpu").sigmas.clone()
+
+    def conds(self, prompt):
+        return [[self.pipeline.encode_prompt(prompt)[0].detach(), {}]]
+
+    @torch.no_grad()
+    def ours(
+        self, latent=None, mask=None, noise=None, cfg=4.0, sigmas=None, log2_alpha=None, sampler="euler", callback=None
+    ):
+        """Image and depth latents from ComfyUI's sampler; by default both are made."""
+        nested = self.comfy.nested_tensor.NestedTensor
+        noise = noise or [self.image_noise, self.depth_noise]
+        model = self.model.clone()
+        if log2_alpha is not None:
+            model.add_object_patch("log2_alpha", log2_alpha)
+        samples = self.comfy.sample.sample_custom(
+            model,
+            nested(noise),
+            cfg,
+            self.comfy.samplers.sampler_object(sampler),
+            self.sigmas(6) if sigmas is None else sigmas,
+            self.conds("a red ball"),
+            self.conds(""),
+            nested(latent or [torch.zeros_like(x) for x in noise]),
+            noise_mask=None if mask is None else nested(mask),
+            callback=callback,
+            disable_pbar=True,
+            seed=0,
+        )
+        return samples.unbind()
+
+    def library(self, **inputs):
+        """Image and depth tokens after the last step of the diffusers pipeline."""
+        last = {}
+
+        def keep(pipe, step, timestep, tensors):
+            last.update(tensors)
+            return {}
+
+        self.pipeline(
+            **{"prompt": "a red ball", "height": HEIGHT, "width": WIDTH, "num_inference_steps": 6} | inputs,
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+        return last["latents"], last["depth_latents"]
+
+    def check(self, ours, reference):
+        image, depth = ours
+        assert max_error(image.flatten(2).transpose(1, 2), reference[0]) <= 1e-4
+        if reference[1] is not None:
+            assert max_error(self.pipeline.depth_processor.patchify(depth), reference[1]) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def sampling(comfy, model, pipeline):
+    return Sampling(comfy, model, pipeline)
+
+
+@pytest.mark.parametrize("log2_alpha", [None, -5.0, 0.0, 8.0])
+def test_joint(sampling, log2_alpha):
+    noise = {"latents": sampling.image_noise, "depth_latents": sampling.depth_noise}
+    sampling.check(sampling.ours(log2_alpha=log2_alpha), sampling.library(log2_alpha=log2_alpha, **noise))
+
+
+def test_the_same_seed_is_the_same_noise(sampling, comfy):
+    """ComfyUI draws image and depth noise as the library does."""
+    empty = [torch.zeros_like(sampling.image_noise), torch.zeros_like(sampling.depth_noise)]
+    noise = comfy.sample.prepare_noise(comfy.nested_tensor.NestedTensor(empty), 7).unbind()
+    sampling.check(sampling.ours(noise=noise), sampling.library(generator=torch.Generator().manual_seed(7)))
+
+
+def test_scheduler_simple_has_the_librarys_levels(sampling, comfy):
+    levels = comfy.samplers.calculate_sigmas(sampling.model.get_model_object("model_sampling"), "simple", 50)
+    assert max_error(levels, sampling.sigmas(50)) <= 1e-5
+
+
+def test_image_to_depth(sampling):
+    tokens = image_to_tokens(sampling.pipeline.vae, sampling.image).detach()
+    given = tokens.transpose(1, 2).unflatten(2, sampling.image_noise.shape[-2:])
+    depth = torch.zeros_like(sampling.depth_noise)
+    for log2_alpha in (None, -5.0):  # which has no say here
+        ours = sampling.ours(
+            [given, depth], [torch.zeros_like(given), torch.ones_like(depth)], cfg=1.0, log2_alpha=log2_alpha
+        )
+        assert torch.equal(ours[0], given)
+        sampling.check(ours, sampling.library(image=sampling.image, depth_latents=sampling.depth_noise))
+
+
+def test_depth_to_image(sampling):
+    depth = sampling.depth.clone()
+    depth[:, :, :9, :13], depth[:, :, 17, 3:6] = 0, torch.nan
+    given, valid, _ = sampling.pipeline.depth_processor.normalize(depth)
+    latent = [torch.zeros_like(sampling.image_noise), given]
+    for strength, log2_alpha in DEPTH_STRENGTHS.items():
+        mask = [torch.ones_like(sampling.image_noise), torch.where(valid, held_at(strength), 1.0)]
+        noise = {"latents": sampling.image_noise, "depth_latents": sampling.depth_noise}
+        if log2_alpha is None:  # holes are filled from the generator, after the image's noise
+            noise = {"generator": torch.Generator().manual_seed(5)}
+            generator = torch.Generator().manual_seed(5)
+            drawn = [torch.randn(x.shape, generator=generator) for x in latent]
+        else:
+            drawn = [sampling.image_noise, sampling.depth_noise]
+        ours = sampling.ours(latent, mask, drawn)
+        assert torch.equal(ours[1], given)
+        sampling.check(ours, (sampling.library(depth=depth, log2_alpha=log2_alpha, **noise)[0], None))
+
+
+@pytest.mark.parametrize("case", ["joint_cfg", "joint_plain", "i2d", "d2i", "joint_clamp"])
+@torch.no_grad()
+def test_golden_rollout(comfy, golden_a, tmp_path, case):
+    """The stored noise and time grids through ComfyUI's Euler sampler."""
+    weights = {key.removeprefix("dit."): x for key, x in load_file(golden_a / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"))
+    settings = json.loads((golden_a / "sample.json").read_text())[case]
+    golden = {
+        key.removeprefix(case + "."): tensor
+        for key, tensor in load_file(golden_a / "sample.safetensors").items()
+        if key.startswith(case + ".")
+    }
+    processor = model.model.diffusion_model.depth_processor
+    nested = comfy.nested_tensor.NestedTensor
+    zeros = torch.zeros(2, 16, 128), torch.zeros(2, 16, 256)
+
+    def streams(image, depth):
+        return [image.transpose(1, 2).unflatten(2, (4, 4)), processor.unpatchify(depth, 64, 64)]
+
+    # Where both are made, the plain case has both at one level.
+    model.add_object_patch("log2_alpha", settings["log2_alpha"] or 0.0)
+    uncond = golden.get("null_text_embed", golden["ctx"][:1]).expand(2, -1, -1)
+    samples = comfy.sample.sample_custom(
+        model,
+        nested(streams(golden.get("noise_rgb", zeros[0]), golden.get("noise_depth", zeros[1]))),
+        settings["cfg_scale"],
+        comfy.samplers.sampler_object("euler"),
+        golden["t_depth"] if case == "i2d" else golden["t_rgb"],
+        [[golden["ctx"], {}]],
+        [[uncond, {}]],
+        nested(streams(golden.get("clean_rgb", zeros[0]), golden.get("clean_depth", zeros[1]))),
+        noise_mask=nested(
+            [torch.full((2, 1, 4, 4), float(case != "i2d")), torch.full((2, 1, 64, 64), float(case != "d2i"))]
+        ),
+        disable_pbar=True,
+    )
+    image, depth = samples.unbind()
+    assert max_error(image.flatten(2).transpose(1, 2), golden["out_rgb"]) <= 1e-3
+    assert max_error(processor.patchify(depth), golden["out_depth"]) <= 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc"])
+def test_better_solvers_are_closer_to_the_limit(sampling, sampler):
+    """The same equation for every sampler: one of higher order comes closer to many Euler steps than Euler does."""
+    settings = {"cfg": 1.0, "log2_alpha": -5.0}
+    limit = sampling.ours(**settings, sigmas=sampling.sigmas(400))
+    euler = sampling.ours(**settings, sigmas=sampling.sigmas(40))
+    better = sampling.ours(**settings, sigmas=sampling.sigmas(40), sampler=sampler)
+    for x_limit, x_euler, x_better in zip(limit, euler, better):
+        assert (x_better - x_limit).norm() < (x_euler - x_limit).norm() < 0.1 * x_limit.norm()
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde", "lcm", "ddim", "res_multistep", "er_sde"])
+def test_other_samplers_arrive(sampling, sampler):
+    for samples in sampling.ours(sampler=sampler):
+        assert torch.isfinite(samples).all() and samples.std() < 5
+
+
+def test_a_run_in_two_parts(sampling):
+    """What a sampler leaves over, the next one takes up: the latent carries its trajectory with it."""
+    sigmas = sampling.sigmas(6)
+    whole = sampling.ours(sigmas=sigmas)
+    left_over = sampling.ours(sigmas=sigmas[:4])
+    still = [torch.zeros_like(x) for x in left_over]
+    parts = sampling.ours(list(left_over), noise=still, sigmas=sigmas[3:])
+    for ours, reference in zip(parts, whole):
+        assert max_error(ours, reference) <= 1e-4
+
+
+def test_preview_has_both_streams(sampling, model, monkeypatch):
+    import latent_preview
+
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    previewer = latent_preview.get_previewer("cpu", model.model.latent_format)
+    seen = []
+
+    def callback(step, estimate, state, total):
+        seen.append(previewer.decode_latent_to_preview_image("JPEG", estimate)[1])
+
+    sampling.ours(callback=callback)
+    # Two latent cells a token, image left and depth right.
+    assert len(seen) == 6 and seen[0].size == (2 * 2 * WIDTH // TOKEN, 2 * HEIGHT // TOKEN)
+    depth = np.asarray(seen[-1])[:, 2 * WIDTH // TOKEN :]
+    assert depth.std() > 0 and (depth[..., 0] == depth[..., 2]).all()
+
+
+def test_latents_that_do_not_fit(sampling):
+    image, depth = torch.zeros_like(sampling.image_noise), torch.zeros_like(sampling.depth_noise)
+    for latent in ([image[:, :8], depth], [image, depth[..., :16]], [image, depth, depth]):
+        with pytest.raises(ValueError, match="connect 'Empty RGB-D Latent' or 'Encode RGB-D' to the sampler"):
+            sampling.ours(latent, noise=latent)
+    with pytest.raises(ValueError, match="nothing is left to make"):
+        sampling.ours([image, depth], [torch.zeros_like(image), torch.zeros_like(depth)])
+    sampling.ours()  # and the next run is well
