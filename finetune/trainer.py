@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -176,11 +177,10 @@ class Trainer:
         self.running, self.running_steps = {}, 0
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
-            last = self.checkpoints()[-1] if self.checkpoints() else "none yet"
             raise FloatingPointError(
                 f"{', '.join(bad)} not finite within the {steps} steps before step {self.step}. Lower learning_rate "
                 f"({self.config.learning_rate:g}) or max_grad_norm ({self.config.max_grad_norm:g}), or look at the "
-                f"data of these steps. Last good checkpoint: {last}"
+                f"data of these steps. Last good checkpoint: {self.last_checkpoint}"
             )
         self.accelerator.log(means, step=self.step)
         self.progress_bar.set_postfix({"step": self.step} | {name: f"{value:.4g}" for name, value in means.items()})
@@ -189,24 +189,43 @@ class Trainer:
         """Complete checkpoints, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step-*[0-9]"))
 
+    @property
+    def last_checkpoint(self) -> Path | str:
+        return self.checkpoints()[-1] if self.checkpoints() else "none yet"
+
     def save(self) -> None:
-        """Writes a checkpoint, whole or not at all, and drops the oldest beyond `keep_checkpoints`."""
+        """Writes a checkpoint, whole or not at all, and drops the oldest beyond `keep_checkpoints`.
+
+        Raises OSError if it cannot be written, to a full disk for example; those before stay as they are.
+        """
         if self.accelerator.is_main_process:
             parent = self.folder / "checkpoints"
-            with temporary_folder(parent) as folder:
-                weights = {name: p.detach().cpu() for name, p in self.named_parameters.items()}
-                save_file(weights, folder / "weights.safetensors")
-                save_file(self.optimizer_tensors(), folder / "optimizer.safetensors")
-                state = {"step": self.step, "samples": self.step * self.config.batch_size}
-                if self.ema:
-                    averaged = zip(self.named_parameters, self.ema.shadow_params)
-                    save_file({name: p.cpu().clone() for name, p in averaged}, folder / "ema.safetensors")
-                    state["ema_steps"] = self.ema.optimization_step
-                (folder / "state.json").write_text(json.dumps(state))
-                place_folder(folder, parent / f"step-{self.step:08}")
+            for leftover in parent.glob(".*"):  # of a run that was killed while it wrote
+                shutil.rmtree(leftover)
+            try:
+                with temporary_folder(parent) as folder:
+                    self.write_state(folder)
+                    place_folder(folder, parent / f"step-{self.step:08}")
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    f"the checkpoint of step {self.step} cannot be written into {parent}: {error}. Make room, and give "
+                    f"the same command again. Last good checkpoint: {self.last_checkpoint}"
+                ) from error
             for old in self.checkpoints()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+    def write_state(self, folder: Path) -> None:
+        """The files of a checkpoint."""
+        weights = {name: p.detach().cpu() for name, p in self.named_parameters.items()}
+        save_file(weights, folder / "weights.safetensors")
+        save_file(self.optimizer_tensors(), folder / "optimizer.safetensors")
+        state = {"step": self.step, "samples": self.step * self.config.batch_size}
+        if self.ema:
+            averaged = zip(self.named_parameters, self.ema.shadow_params)
+            save_file({name: p.cpu().clone() for name, p in averaged}, folder / "ema.safetensors")
+            state["ema_steps"] = self.ema.optimization_step
+        (folder / "state.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         """Takes up the state of a checkpoint.

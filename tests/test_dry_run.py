@@ -206,7 +206,7 @@ def test_validation_with_frozen_weights_in_bfloat16(base, cache, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["post_train.py", *arguments])
     found = []
     monkeypatch.setattr(
-        post_train, "validate", lambda pipe, source, _: found.append(image_to_depth_metrics(pipe, source, 2, steps=1))
+        post_train, "validate", lambda pipe, source, *_: found.append(image_to_depth_metrics(pipe, source, 2, steps=1))
     )
     post_train.main()
     assert found[0]["abs_rel"] > 0

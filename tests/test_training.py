@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, randomize
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Adafactor
 
-from finetune import post_train, pretrain
+from finetune import post_train, pretrain, trainer
+from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import load_adapter
+from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 
 
 SCENES = "{kind: scenes, split: train, height: 32, width: 32, supersample: 1}"
@@ -165,7 +169,8 @@ def test_two_processes_follow_one(base, cache, data, tmp_path, monkeypatch):
 
 
 def test_lora(base, cache, tmp_path, monkeypatch):
-    run(post_train, ["mode=lora", "lora_rank=2", *settings(base, cache, tmp_path / "lora")], tmp_path, monkeypatch)
+    more = ["mode=lora", "lora_rank=2", "objective.distillation_high=0.5"]
+    run(post_train, [*more, *settings(base, cache, tmp_path / "lora")], tmp_path, monkeypatch)
     trained = ModalityForcingPipeline.from_pretrained(tmp_path / "lora" / "pipeline").transformer
     klein = Flux2KleinPipeline.from_pretrained(base)
     fresh = ModalityForcingPipeline.from_base(klein, num_depth_decoder_layers=1).transformer
@@ -181,6 +186,79 @@ def test_a_loss_that_is_not_finite_stops(base, cache, tmp_path, monkeypatch):
     run(post_train, settings(base, cache, tmp_path / "run", steps=2), tmp_path, monkeypatch)
     with pytest.raises(FloatingPointError, match=r"not finite within the 1 steps before step \d.*step-00000002"):
         run(post_train, settings(base, cache, tmp_path / "run", steps=8, learning_rate="1e30"), tmp_path, monkeypatch)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(base, cache, tmp_path, monkeypatch):
+    run(post_train, settings(base, cache, tmp_path / "run", steps=2), tmp_path, monkeypatch)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (checkpoint.parent / ".left").mkdir()  # by a run that was killed
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["weights.safetensors"]) + 1000, hard))  # stops in the second
+    try:
+        with pytest.raises(OSError, match=r"step 4 cannot be written into .*Last good checkpoint: .*step-00000002"):
+            run(post_train, settings(base, cache, tmp_path / "run"), tmp_path, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["step-00000002"]
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    for name in ("run", "whole"):
+        run(post_train, settings(base, cache, tmp_path / name), tmp_path, monkeypatch)
+    assert all(torch.equal(tensor, weights(tmp_path / "run")[n]) for n, tensor in weights(tmp_path / "whole").items())
+
+
+@pytest.mark.parametrize("folder", ["cache", "null"])
+def test_what_cannot_be_read_is_listed_at_the_end(base, tmp_path, monkeypatch, capsys, folder):
+    frames = make_frames(tmp_path / "frames", 120)
+    (tmp_path / "frames" / "7.png").write_bytes(b"no picture")
+    arguments = settings(base, tmp_path / folder, tmp_path / "run", frames, steps=31)
+    arguments = [*arguments, "cache.samples=122", *(["cache.folder=null"] if folder == "null" else [])]
+    run(post_train, arguments, tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    assert printed.count(" samples could not be read") == (2 if folder == "cache" else 1)  # after encoding, at the end
+    assert "7.png" in printed[printed.rindex(" samples could not be read") :]
+
+
+def test_the_teacher_of_a_lora_is_the_base_it_adapts(base):
+    config = PostTrainConfig(mode="lora", lora_rank=2, objective=ObjectiveConfig(distillation_high=1.0))
+    klein = Flux2KleinPipeline.from_pretrained(base)
+    pipe = ModalityForcingPipeline.from_base(klein, num_depth_decoder_layers=1)
+    choose_trainable(pipe.transformer, config)
+    randomize(pipe.transformer)
+    shared = make_teacher(config, pipe.transformer, klein.transformer, torch.device("cpu"))
+    depth, generators = torch.rand(2, 1, 16, 16) + 0.1, [torch.Generator().manual_seed(i) for i in range(2)]
+    draw = draw_noise(config.objective, (16, 16), depth.shape[1:], [True, True], generators)
+    draw.timestep, draw.depth_timestep = torch.rand(2), torch.rand(2)
+    inputs = torch.randn(2, 16, 16), depth, depth > 0, torch.randn(2, 8, 48), draw, config.objective
+    found = []
+    for teacher in (shared, klein.transformer.requires_grad_(False)):
+        losses = modality_forcing_loss(pipe.transformer, *inputs, pipe.depth_processor, teacher)
+        losses.total.backward()
+        gradients = {n: p.grad.clone() for n, p in pipe.transformer.named_parameters() if p.requires_grad}
+        pipe.transformer.zero_grad()
+        found.append((losses.distillation, gradients))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    assert (theirs > 0).all() and torch.equal(ours, theirs)
+    assert our_gradients.keys() == their_gradients.keys() and any("lora_" in name for name in our_gradients)
+    assert all(torch.equal(our_gradients[name], gradient) for name, gradient in their_gradients.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw8bit"])
+def test_an_optimizer_that_counts_in_integers_resumes(base, cache, tmp_path, monkeypatch, optimizer):
+    """Adafactor stands for others where bitsandbytes is not installed."""
+    more = {}
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+        more["optimizer"] = optimizer
+    else:
+        options = {"lr": 1e-3, "relative_step": False, "scale_parameter": False}
+        monkeypatch.setattr(trainer, "make_optimizer", lambda _, parameters: Adafactor(parameters, **options))
+    for output, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        arguments = settings(base, cache, tmp_path / output, steps=steps, **more)
+        run(post_train, arguments, tmp_path, monkeypatch)
+    assert all(torch.equal(tensor, weights(tmp_path / "parts")[n]) for n, tensor in weights(tmp_path / "whole").items())
+    state = load_file(tmp_path / "whole" / "checkpoints" / "step-00000004" / "optimizer.safetensors")
+    assert {tensor.item() for name, tensor in state.items() if name.endswith("|step")} == {4}
 
 
 @pytest.mark.parametrize(
