@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig
 
@@ -26,7 +25,7 @@ from finetune.config import load_config, save_config, take_flag
 from finetune.data import build_source
 from finetune.dry_run import DTYPES, empty_transformer, report_post_training
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.trainer import Trainer, TrainerConfig
+from finetune.trainer import Trainer, TrainerConfig, join_processes
 from finetune.validation import validate
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, save_adapter
@@ -159,7 +158,7 @@ def main():
         return encode_text(pipe.text_encoder, pipe.tokenizer, prompts, **text)
 
     held_out = build_source(config.validation_data)
-    device = PartialState().device
+    device = join_processes().device
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     encoder = Encoder(pipe.vae, pipe.depth_processor, encode)

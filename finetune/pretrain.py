@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -29,7 +28,7 @@ from finetune.config import load_config, save_config, take_flag
 from finetune.data import ReadReport, Source, build_source
 from finetune.dry_run import report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.trainer import Trainer, TrainerConfig
+from finetune.trainer import Trainer, TrainerConfig, join_processes
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
@@ -210,7 +209,7 @@ def main():
         print(report_pretraining(config, model, token_size))
         return
     torch.manual_seed(config.trainer.seed)
-    vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval().to(PartialState().device)
+    vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval().to(join_processes().device)
     encoder = Encoder(vae, DepthProcessor(patch_size=2 ** len(vae.config.block_out_channels)))
     samples = prepare_samples(config, {}, encoder)
     captions = samples.captions(min(config.cache.samples, 5000))

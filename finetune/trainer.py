@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -69,6 +70,12 @@ class TrainerConfig:
             raise SystemExit(f"error: optimizer {self.optimizer!r} is none of adamw, adamw8bit")
         if self.mixed_precision not in ("fp32", "bf16"):
             raise SystemExit(f"error: mixed_precision {self.mixed_precision!r} is neither fp32 nor bf16")
+
+
+def join_processes() -> PartialState:
+    """Makes the processes of a launch one group; called before anything else that asks for them. A bare `PartialState()`
+    does not heed ACCELERATE_USE_CPU, and leaves every process on a CPU alone."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def sample_generators(seed: int, step: int, positions) -> list[torch.Generator]:
@@ -221,6 +228,7 @@ class Trainer:
         save_file(weights, folder / "weights.safetensors")
         save_file(self.optimizer_tensors(), folder / "optimizer.safetensors")
         state = {"step": self.step, "samples": self.step * self.config.batch_size}
+        state["processes"] = self.accelerator.num_processes
         if self.ema:
             averaged = zip(self.named_parameters, self.ema.shadow_params)
             save_file({name: p.cpu().clone() for name, p in averaged}, folder / "ema.safetensors")

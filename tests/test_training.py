@@ -164,6 +164,8 @@ def test_two_processes_follow_one(base, cache, data, tmp_path, monkeypatch):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     two = command("post_train.py", arguments("two"), tmp_path, *TWO_PROCESSES)
     subprocess.run(two, check=True, env=environment, timeout=300)
+    state = json.loads((tmp_path / "two" / "checkpoints" / "step-00000005" / "state.json").read_text())
+    assert state["processes"] == 2
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
 
