@@ -73,8 +73,8 @@ class TrainerConfig:
 
 
 def join_processes() -> PartialState:
-    """Makes the processes of a launch one group; called before anything else that asks for them. A bare `PartialState()`
-    does not heed ACCELERATE_USE_CPU, and leaves every process on a CPU alone."""
+    """Makes the processes of a launch one group; called before all else that asks for them, because a `PartialState()`
+    without this flag does not heed ACCELERATE_USE_CPU, and would leave every process on a CPU alone."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
