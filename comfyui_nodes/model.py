@@ -326,7 +326,14 @@ class ModalityForcing(comfy.model_base.Flux):
                 )
         given, noise, mask = kwargs["latent_image"], kwargs["noise"], kwargs.get("denoise_mask")
         mask = torch.ones_like(noise) if mask is None else mask
-        self.latent_format.start_run(Streams(shapes, mask, self.log2_alpha), given)
+        streams = Streams(shapes, mask, self.log2_alpha)
+        streams.check()
+        if not isinstance(self.model_sampling, ModelSampling) and given[streams.scale != 1].any():
+            raise ValueError(
+                "Another node has replaced this model's sampling (ModelSamplingFlux, for one), without which depth "
+                "that is made cannot start from a latent: remove that node, or set log2_alpha to 0."
+            )
+        self.latent_format.start_run(streams, given)
         out = {
             name: comfy.conds.CONDRegular(tensor)
             for name, tensor in (("given", given), ("given_noise", noise), ("given_mask", mask))

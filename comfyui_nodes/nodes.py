@@ -55,6 +55,7 @@ class LoadPipeline(io.ComfyNode):
                 )
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -70,8 +71,11 @@ class LoadPipeline(io.ComfyNode):
                 "open a single file by 'Load Diffusion Model'."
             )
         model, clip, vae = load_pipeline(folder)
-        no_clip = ExecutionBlocker(f"{pipeline} has no text encoder: connect 'Load CLIP' of type flux2 with its Qwen3.")
-        return io.NodeOutput(model, no_clip if clip is None else clip, vae)
+        if clip is None:
+            clip = _blocked(
+                cls, 1, f"{pipeline} has no text encoder: connect 'Load CLIP' of type flux2 with its Qwen3."
+            )
+        return io.NodeOutput(model, clip, vae)
 
 
 class EmptyLatent(io.ComfyNode):
@@ -267,6 +271,7 @@ class Decode(io.ComfyNode):
                 ),
                 io.Mask.Output(display_name="valid", tooltip="1 where depth is valid, 0 in the sky and in holes."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -280,8 +285,9 @@ class Decode(io.ComfyNode):
         size = info.get("size", working)
         processor = DepthProcessor(patch_size=1)
         depth, valid = processor.postprocess(processor.patchify(depths), *working, size, info.get("scale"))
-        image = ExecutionBlocker("'Decode RGB-D' makes an image only with a VAE: connect the model's.")
-        if vae is not None:
+        if vae is None:
+            image = _blocked(cls, 0, "The image is wanted, but no VAE is connected: connect the VAE of the model.")
+        else:
             image = resize(vae.decode(images).movedim(-1, 1), size).movedim(1, -1)
         return io.NodeOutput(image, image_from_depth(depth), valid[:, 0].float())
 
@@ -506,6 +512,13 @@ def _encode_image(vae, image: torch.Tensor, working: tuple[int, int], shape: tup
             "that belongs to the model."
         )
     return latents
+
+
+def _blocked(node, output: int, message: str) -> ExecutionBlocker:
+    """In place of an output that cannot be made. Raises ValueError where the graph wants it."""
+    if any([node.hidden.unique_id, output] in consumer["inputs"].values() for consumer in node.hidden.prompt.values()):
+        raise ValueError(message)
+    return ExecutionBlocker(message)  # cached, it may be wanted later
 
 
 def _zeros(*shape: int) -> torch.Tensor:

@@ -25,30 +25,30 @@ class Streams:
             clean. Depth that is 1 throughout is made; otherwise it is given, and a value is the noise level at which
             the pixel is held while the image is at 1/2: 0 rigidly, 1 where depth is missing and noise stands in.
         log2_alpha: trajectory of depth that is made together with the image.
-
-    Raises:
-        ValueError: both streams are given, or the given pixels of a depth map are held at several levels.
     """
 
     def __init__(self, latent_shapes, mask: torch.Tensor, log2_alpha: float):
         self.image_shape, self.depth_shape = (torch.Size(shape[1:]) for shape in latent_shapes)
-        image_mask, depth_mask = self.split(mask)
+        image_mask, self.depth_mask = self.split(mask)
         self.image_given = image_mask.flatten(1).amax(1) == 0
-        self.held_at = depth_mask.flatten(1).amin(1)
+        self.held_at = self.depth_mask.flatten(1).amin(1)
         self.depth_given = self.held_at < 1
-        self.depth_missing = depth_mask == 1
+        self.depth_missing = self.depth_mask == 1
+        # A trajectory couples two streams on the move; depth beside a given image walks sigma itself.
+        apart = self.image_given | self.depth_given
+        self.alpha = torch.where(apart, 1.0, 2.0**log2_alpha)
+
+    def check(self):
+        """Raises ValueError where both streams are given, or the pixels of a given depth map are held unequally."""
         if (self.image_given & self.depth_given).any():
             raise ValueError(
                 "Both image and depth are given, so nothing is left to make: let 'Encode RGB-D' keep one of them."
             )
-        if not ((depth_mask == _per_sample(self.held_at)) | self.depth_missing).all():
+        if not ((self.depth_mask == _per_sample(self.held_at)) | self.depth_missing).all():
             raise ValueError(
                 "The noise mask of a depth map has several values, but a given map is held at one level, with 1 where "
                 "depth is missing. Inpainting is for the image; give depth through 'Encode RGB-D'."
             )
-        # A trajectory couples two streams on the move; depth beside a given image walks sigma itself.
-        apart = self.image_given | self.depth_given
-        self.alpha = torch.where(apart, 1.0, 2.0**log2_alpha)
 
     def split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 1, N) -> image (B, C, h, w) and depth (B, 1, H, W)."""

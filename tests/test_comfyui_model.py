@@ -235,12 +235,21 @@ class Sampling:
 
     @torch.no_grad()
     def ours(
-        self, latent=None, mask=None, noise=None, cfg=4.0, sigmas=None, log2_alpha=None, sampler="euler", callback=None
+        self,
+        latent=None,
+        mask=None,
+        noise=None,
+        cfg=4.0,
+        sigmas=None,
+        log2_alpha=None,
+        sampler="euler",
+        model=None,
+        callback=None,
     ):
         """Image and depth latents from ComfyUI's sampler; by default both are made."""
         nested = self.comfy.nested_tensor.NestedTensor
         noise = noise or [self.image_noise, self.depth_noise]
-        model = self.model.clone()
+        model = (model or self.model).clone()
         if log2_alpha is not None:
             model.add_object_patch("log2_alpha", log2_alpha)
         samples = self.comfy.sample.sample_custom(
@@ -403,6 +412,21 @@ def test_a_run_in_two_parts(sampling):
     parts = sampling.ours(list(left_over), noise=still, sigmas=sigmas[3:])
     for ours, reference in zip(parts, whole):
         assert max_error(ours, reference) <= 1e-4
+
+
+def test_sampling_that_another_node_replaced(sampling, comfy):
+    """Another shift is fine from pure noise; a latent to start from needs the model's own sampling."""
+    import comfy.model_sampling as stock
+
+    class Replaced(stock.ModelSamplingFlux, stock.CONST):
+        pass
+
+    model = sampling.model.clone()
+    model.add_object_patch("model_sampling", Replaced(model.model.model_config))
+    whole = sampling.ours(model=model)
+    with pytest.raises(ValueError, match="Another node has replaced this model's sampling"):
+        sampling.ours(list(whole), model=model, sigmas=sampling.sigmas(6)[3:])
+    sampling.ours(list(whole), model=model, sigmas=sampling.sigmas(6)[3:], log2_alpha=0.0)
 
 
 def test_preview_has_both_streams(sampling, model, monkeypatch):

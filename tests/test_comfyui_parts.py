@@ -118,11 +118,13 @@ def test_samples_of_a_batch_may_differ():
 
 def test_masks_that_do_not_fit():
     with pytest.raises(ValueError, match="nothing is left to make"):
-        Streams(SHAPES, masks(0.0, 0.0), 5.0)
+        Streams(SHAPES, masks(0.0, 0.0), 5.0).check()
     mask = masks(depth=0.0)
     mask[0, 0, -1] = 0.5
     with pytest.raises(ValueError, match="has several values"):
-        Streams(SHAPES, mask, 5.0)
+        Streams(SHAPES, mask, 5.0).check()
+    mask[0, 0, -1] = 1
+    Streams(SHAPES, mask, 5.0).check()
 
 
 # Depth sockets
