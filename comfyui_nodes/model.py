@@ -399,9 +399,10 @@ def detect_config(state_dict: dict, prefix: str = "") -> dict:
     """
     from mf_diffusers.modality_forcing.conversion import convert_published_transformer
 
-    # Scales and the like of quantised files have no place in the published layout.
+    # Scales and the like of quantised files have no place in the published layout, and files that ComfyUI saved have
+    # its own name for the weights of norms.
     shapes = {
-        key.removeprefix(prefix): torch.empty(tensor.shape, device="meta")
+        key.removeprefix(prefix).replace("_norm.weight", "_norm.scale"): torch.empty(tensor.shape, device="meta")
         for key, tensor in state_dict.items()
         if key.startswith(prefix) and (key.endswith((".weight", "_norm.scale")) or "cross_alpha_" in key)
     }

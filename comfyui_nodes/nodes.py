@@ -204,7 +204,8 @@ class Encode(io.ComfyNode):
             raise ValueError(
                 f"{len(images)} images do not go with {len(depths)} depth maps: give as many, or one of either."
             )
-        images, depths, missing = (x.expand(batch_size, -1, -1, -1) for x in (images, depths, missing))
+        device = comfy.model_management.intermediate_device()
+        images, depths, missing = (x.to(device).expand(batch_size, -1, -1, -1) for x in (images, depths, missing))
         out = {
             "samples": NestedTensor((images.clone(), depths.clone())),
             INFO: {"size": output_size, "scale": None if keep == "image" else scale},
@@ -280,7 +281,7 @@ class Decode(io.ComfyNode):
         from mf_diffusers.modality_forcing.image_processor import resize
 
         images, depths = _streams_of(latent)
-        info = latent.get(INFO, {})
+        depths, info = depths.cpu(), latent.get(INFO, {})
         working = tuple(depths.shape[-2:])
         size = info.get("size", working)
         processor = DepthProcessor(patch_size=1)
