@@ -3,15 +3,12 @@
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState, debug_launcher
 from conftest import make_pipeline
 from PIL import Image
 from typer.testing import CliRunner
@@ -173,20 +170,19 @@ def test_an_interrupted_run_ends_in_the_same_report(pipe, data, tmp_path):
     assert anew["predictor"]["steps"] == 3
 
 
+def one_of_two(options):
+    """What each process does."""
+    PartialState._reset_state()  # of the process that it was forked from
+    outcome = call(*options)
+    assert outcome.exit_code == 0, outcome.output
+    assert PartialState().num_processes == 2
+    assert outcome.stdout.count("report.md") == int(PartialState().is_main_process)
+
+
 def test_two_processes_give_the_same_report(model, data, tmp_path):
     options = [f"--data={data}", f"--model={model}", f"--steps={STEPS}", "--device=cpu", "--offline"]
     assert call(*options, f"--output={tmp_path / 'one'}").exit_code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(Path(sys.executable).with_name("mf-diffusers")), "evaluate", "--dataset=folder", *options]
-    done = subprocess.run(
-        [*command, f"--output={tmp_path / 'two'}"],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report.md") == 1  # the main process alone speaks
+    debug_launcher(one_of_two, ([*options, f"--output={tmp_path / 'two'}"],))
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
@@ -236,6 +232,14 @@ def test_bad_input_is_said_and_counted(data, predictions, tmp_path):
 
     np.save(data / "1.npy", truth(1))  # mended: only what failed is tried again
     assert score(data, predictions, tmp_path / "run")["counts"]["frames_by_status"]["scored"] == 3
+
+
+def test_other_predictions_are_another_run(data, predictions, tmp_path):
+    before = score(data, predictions, tmp_path / "run")
+    assert score(data, predictions, tmp_path / "run") == before
+    np.save(predictions / "1.npy", truth(2))
+    with pytest.raises(ValueError, match=r"other settings \(predictor\.files_sha256"):
+        score(data, predictions, tmp_path / "run")
 
 
 def test_a_prediction_that_cannot_be_aligned_is_wrong_everywhere(data, predictions, tmp_path):

@@ -66,7 +66,7 @@ class FolderPredictor:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder of predictions")
-        self.facts = {"predictions": str(self.folder.resolve())}
+        self.facts = {"predictions": str(self.folder.resolve()), "files_sha256": self._files_hash()}
         self.environment = {}
 
     def __call__(self, frame, number):
@@ -79,6 +79,16 @@ class FolderPredictor:
             sizes = ["x".join(map(str, reversed(array.shape))) for array in (prediction, frame.depth)]
             raise ValueError(f"prediction {file} of {sizes[0]} pixels for a picture of {sizes[1]}; resize it first")
         return prediction, {"file": file}
+
+    def _files_hash(self):
+        """Of the names, sizes and times of the files: it changes with the predictions, and does not read them."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            if path.suffix in SUFFIXES:
+                status = path.stat()
+                name = path.relative_to(self.folder).as_posix()
+                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 def weights_hash(pipe) -> str:

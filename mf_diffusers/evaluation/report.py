@@ -46,7 +46,7 @@ def make_report(settings, records, frames, environment):
         settings: of the run.
         records: of its frames.
         frames: how many the data set has; a run may have been limited to fewer.
-        environment: where the predictions were made.
+        environment: where the data lie and the predictions were made.
 
     Returns a dict: what was run and with what; `counts` of frames by what became of them and of pixels left out by
     reason; `left_out`, the frames without a score and why; `warnings`; `mean`, the metrics averaged over the scored
@@ -128,7 +128,7 @@ def markdown(report):
         "",
         table(("", ""), [(name, "" if value is None else value) for name, value in protocol.items()]),
         "",
-        "## Model",
+        "## Predictions",
         "",
         table(("", ""), [*report["predictor"].items(), *report["environment"].items()]),
         "",

@@ -41,7 +41,7 @@ def evaluate(dataset, protocol, predictor, output, limit=None, save_predictions=
     Started in several processes, by torchrun or accelerate, they share the frames.
 
     Args:
-        dataset: indexed by whole numbers, with `names`; yields `Frame`s.
+        dataset: indexed by whole numbers, with `names` and `root`; yields `Frame`s.
         protocol: a `Protocol`.
         predictor: a `ModelPredictor` or another callable as `evaluation.predictors` describes it.
         output: the folder of the run. A run that is there already goes on; frames that failed are tried again.
@@ -52,7 +52,7 @@ def evaluate(dataset, protocol, predictor, output, limit=None, save_predictions=
 
     Returns the report (see `make_report`) in the main process, None in the others.
 
-    Raises ValueError when the run that is there has other settings or another model.
+    Raises ValueError when the run that is there has other settings, another model or other predictions.
     """
     output, state = Path(output), processes()
     settings = {
@@ -84,13 +84,14 @@ def evaluate(dataset, protocol, predictor, output, limit=None, save_predictions=
         return None
 
     records = list(read_records(output, numbers).values())
-    report = make_report(settings, records, len(dataset), predictor.environment)
+    environment = {"data": str(dataset.root.resolve())} | predictor.environment
+    report = make_report(settings, records, len(dataset), environment)
     for entry in report["worst"]:
         if not (output / entry["picture"]).is_file():
             draw(output / entry["picture"], *evaluate_frame(dataset, entry["number"], protocol, predictor))
-    for picture in (output / PICTURES).glob("*.png"):
-        if f"{PICTURES}/{picture.name}" not in {entry["picture"] for entry in report["worst"]}:
-            picture.unlink()
+    kept = {output / entry["picture"] for entry in report["worst"]}
+    for picture in set((output / PICTURES).iterdir()) - kept:
+        picture.unlink()
     write_json(output / "report.json", report)
     write_report(output, report)
     return report
