@@ -20,7 +20,7 @@ from transformers import Adafactor
 
 from finetune import post_train, pretrain, trainer
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
-from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import load_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 
@@ -261,6 +261,23 @@ def test_an_optimizer_that_counts_in_integers_resumes(base, cache, tmp_path, mon
     assert all(torch.equal(tensor, weights(tmp_path / "parts")[n]) for n, tensor in weights(tmp_path / "whole").items())
     state = load_file(tmp_path / "whole" / "checkpoints" / "step-00000004" / "optimizer.safetensors")
     assert {tensor.item() for name, tensor in state.items() if name.endswith("|step")} == {4}
+
+
+def test_compiled_blocks_train_alike_and_resume(base, cache, tmp_path, monkeypatch):
+    """The graphs are run as they were captured: generating code for them takes a minute and more."""
+    compile_module, compiled = torch.nn.Module.compile, set()
+
+    def capture(module):
+        compiled.add(type(module).__name__)
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    for output, steps, compiles in (("eager", 2, False), ("compiled", 1, True), ("compiled", 2, False)):
+        arguments = settings(base, cache, tmp_path / output, steps=steps, compile=compiles)
+        run(post_train, arguments, tmp_path, monkeypatch)
+    assert compiled == set(ModalityForcingFlux2Transformer2DModel._repeated_blocks)
+    eager, whole = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    assert max((tensor - whole[name]).abs().max() for name, tensor in eager.items()) < 1e-6
 
 
 @pytest.mark.parametrize(
