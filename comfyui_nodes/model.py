@@ -133,7 +133,7 @@ class DepthFlux(Flux):
             if isinstance(module, QKNorm):
                 module.query_norm.eps = module.key_norm.eps = QK_NORM_EPS
 
-    def forward(self, x, timestep, context, transformer_options=None, **kwargs):
+    def forward(self, x, timestep, context, transformer_options=None):
         """
         Args:
             x: image latents (B, C, h, w) and depth map (B, 1, H, W) in model space, in the body's dtype.
@@ -148,9 +148,9 @@ class DepthFlux(Flux):
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
         )
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timestep, context, transformer_options, **kwargs)
+        return executor.execute(x, timestep, context, transformer_options)
 
-    def _forward(self, x, timestep, context, transformer_options, **kwargs):
+    def _forward(self, x, timestep, context, transformer_options):
         from mf_diffusers.modality_forcing.latent_tokens import position_ids
 
         image, depth = x
@@ -208,9 +208,8 @@ class DepthFlux(Flux):
 
         # 5. Depth decoder and clean depth
         decoder_mod = self.depth_decoder_modulation(depth_vec)[0]
-        depth_tokens = depth_tokens.contiguous()  # the blocks add in place
         for block in self.depth_decoder_blocks:
-            depth_tokens = block(depth_tokens, decoder_mod, pe[..., start:, :, :, :], transformer_options=options)
+            depth_tokens = block(depth_tokens, decoder_mod, pe[:, :, start:], transformer_options=options)
         clean = self.depth_final_layer(depth_tokens.float(), depth_vec.float())
         return velocity, self.depth_processor.unpatchify(clean, *depth.shape[-2:])
 
@@ -368,10 +367,13 @@ class ModalityForcing(comfy.model_base.Flux):
 class ModalityForcingConfig(comfy.supported_models.Flux2):
     """Recognises the weights of a Modality Forcing transformer, and builds the model for them."""
 
-    required_keys = {"depth_in.weight": None}
     sampling_settings = {"shift": SHIFT_MU}
     latent_format = RGBDLatentFormat
     supported_inference_dtypes = [torch.bfloat16, torch.float32]  # float16 overflows
+
+    @classmethod
+    def matches(cls, unet_config, state_dict=None):
+        return super().matches(unet_config) and any(key.endswith("depth_in.weight") for key in state_dict or ())
 
     def get_model(self, state_dict, prefix="", device=None):
         config = detect_config(state_dict, prefix)

@@ -225,6 +225,8 @@ def test_the_published_size(comfy):
 def test_what_comfyui_saved(comfy, model, pipeline, tmp_path):
     """ComfyUI's own save node has another prefix and other names for norms."""
     weights = model.model.state_dict_for_saving(model.model.diffusion_model.state_dict())
+    config = comfy.model_detection.model_config_from_unet(weights, "model.diffusion_model.")
+    assert type(config).__name__ == "ModalityForcingConfig"  # of a whole checkpoint, too
     save_file({key: x.contiguous() for key, x in weights.items()}, tmp_path / "saved.safetensors")
     saved = comfy.sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
     for ours, reference in call_both(saved, pipeline.transformer):
@@ -502,4 +504,7 @@ def test_latents_that_do_not_fit(sampling):
             sampling.ours(latent, noise=latent)
     with pytest.raises(ValueError, match="nothing is left to make"):
         sampling.ours([image, depth], [torch.zeros_like(image), torch.zeros_like(depth)])
+    conds = {"latent_shapes": [image.shape, depth.shape], "reference_latents": [image]}
+    with pytest.raises(ValueError, match="takes no reference latents"):
+        sampling.model.model.extra_conds(noise=image, latent_image=image, **conds)
     sampling.ours()  # and the next run is well
