@@ -151,7 +151,7 @@ def test_fp8_storage(comfy, file, model, dtype):
 
 
 def test_partial_offload(comfy, file, pipeline):
-    """Half of the weights stay behind and are cast as they are used, LoRA patches with them."""
+    """Half of the weights stay behind and are brought over as they are used."""
     model = comfy.sd.load_diffusion_model(str(file))
     model.load(torch.device("cpu"), lowvram_model_memory=model.model_size() // 2)
     assert model.model.model_lowvram
