@@ -121,7 +121,8 @@ def markdown(report):
         "",
         f"Published results stand beside it only under the same protocol; here {why_not}."
         if why_not
-        else "The other rows are as Duisterhof et al. 2026 print them, for the same protocol."
+        else "The other rows are as Duisterhof et al. 2026 print them, for the same protocol on the data set as it is "
+        f"distributed; here it lists {counts['frames_of_the_data_set']} frames."
         + (" Which frames of ScanNet they took they do not say." if column == "ScanNet" else ""),
         "",
         "## Protocol",
