@@ -156,10 +156,12 @@ class Protocol:
         metrics = depth_metrics(aligned, truth, negative=self.negative)
         if self.geometry:
             metrics["boundary_f1"] = boundary_f1(aligned, truth)
-            unknown = {"accuracy": np.nan, "completeness": np.nan, "chamfer": np.nan, "points_missing": 0}
-            positive = metrics["pixels"] - metrics["nonfinite"] - metrics["nonpositive"]
-            known = intrinsics is not None and positive > 0
-            metrics |= point_cloud_distance(aligned, truth, intrinsics) if known else unknown
+            points_missing = metrics["nonfinite"] + metrics["nonpositive"]
+            if intrinsics is not None and points_missing < metrics["pixels"]:
+                metrics |= point_cloud_distance(aligned, truth, intrinsics)
+            else:
+                metrics |= dict.fromkeys(("accuracy", "completeness", "chamfer"), np.nan)
+                metrics["points_missing"] = points_missing
         return metrics
 
     def describe(self):
