@@ -92,7 +92,7 @@ def log_validation(trainer, losses: dict[tuple[str, float], list[float]], metric
     means = {key: float(np.mean(values)) for key, values in losses.items() if values}
     values = metrics | {f"{name}_loss_at_{level}": mean for (name, level), mean in means.items()}
     trainer.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=trainer.step)
-    shown = [f"{name} {100 * metrics[name]:.2f} %" for name in ("abs_rel", "delta1") if name in metrics]
+    shown = [f"AbsRel {metrics['abs_rel']:.2%}", f"delta1 {metrics['delta1']:.2%}"] if metrics else []
     shown.append("losses at t = " + " ".join(map(str, LEVELS)))
     for name in dict.fromkeys(name for name, _ in means):
         shown.append(" ".join([name, *(f"{means[name, level]:.4g}" for level in LEVELS)]))

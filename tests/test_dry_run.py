@@ -137,6 +137,8 @@ def test_a_dry_run_reads_the_data_and_writes_nothing(base, tmp_path, monkeypatch
     assert "frames:00000: 32x48, depth on 0% of the pixels, 'a wall'" in printed
     assert "28x40 (4), 32x32 (4)" in printed
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    run(post_train, ["--dry-run", *arguments, "cache.folder=null"], tmp_path, monkeypatch)
+    assert "\ncache: none" in capsys.readouterr().out
     run(post_train, [*arguments, "trainer.batch_size=8", "trainer.steps=1"], tmp_path, monkeypatch)
 
 
