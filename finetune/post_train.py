@@ -48,6 +48,7 @@ class PostTrainConfig:
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
         text_encoder_out_layers, max_sequence_length, sample_size: of the pipeline that is written.
+        validation_samples: how many of the held-out samples a validation takes.
         flip: mirror half of the samples, but none whose caption says left or right; needs `cache.folder: null`.
     """
 
@@ -63,6 +64,7 @@ class PostTrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: dict[str, Any] = field(default_factory=dict)
     validation_data: dict[str, Any] = field(default_factory=dict)
+    validation_samples: int = 64
     flip: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

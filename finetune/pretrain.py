@@ -53,6 +53,7 @@ class PretrainConfig:
         mu, sigma: of the logit-normal noise levels.
         caption_dropout: share of empty prompts, which guidance needs.
         validation_data: held-out samples; without them, validation takes the first of `data`.
+        validation_samples: how many of them a validation takes.
         flip: mirror half of the samples, but none whose caption says left or right; needs `cache.folder: null`.
     """
 
@@ -67,6 +68,7 @@ class PretrainConfig:
     caption_dropout: float = 0.1
     data: dict[str, Any] = field(default_factory=dict)
     validation_data: dict[str, Any] = field(default_factory=dict)
+    validation_samples: int = 64
     flip: bool = False
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -187,7 +189,7 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
         return {"rgb": error.mean(dim=(1, 2))}
 
     report, losses = ReadReport(), defaultdict(list)
-    for batch in read_batches(source, 64, trainer.config.micro_batch_size, report):
+    for batch in read_batches(source, config.validation_samples, trainer.config.micro_batch_size, report):
         for key, values in level_losses(losses_at, encoder, config.cache.pixels, *batch).items():
             losses[key] += values
     log_validation(trainer, losses, {})

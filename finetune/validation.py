@@ -134,7 +134,7 @@ def picture_grid(
     return contact_sheet(pictures, row_labels=list(rows), column_labels=prompts, cell=160)
 
 
-def validate(pipe: ModalityForcingPipeline, source: Source, trainer, encoder: Encoder, config, count: int = 64):
+def validate(pipe: ModalityForcingPipeline, source: Source, trainer, encoder: Encoder, config) -> None:
     """Logs losses by level, both modalities at the same one, and depth metrics; writes the picture grid into the run's
     folder. `config` is a `PostTrainConfig`."""
     if not trainer.accelerator.is_main_process:
@@ -152,7 +152,7 @@ def validate(pipe: ModalityForcingPipeline, source: Source, trainer, encoder: En
 
     pipe.transformer.eval()
     report, found, rows = ReadReport(), defaultdict(list), []
-    for batch in read_batches(source, count, trainer.config.micro_batch_size, report):
+    for batch in read_batches(source, config.validation_samples, trainer.config.micro_batch_size, report):
         for key, values in level_losses(losses_at, encoder, config.cache.pixels, *batch).items():
             found[key] += values
         rows += depth_rows(pipe, *batch)

@@ -94,6 +94,7 @@ def settings(base, cache, output, data=SCENES, **trainer) -> list[str]:
         "sample_size=32",
         f"data={data}",
         f"validation_data={SCENES}",
+        "validation_samples=8",
         f"cache={{folder: {cache}, samples: 8, pixels: 1024, depth_density: 0.5}}",
         *(f"trainer.{name}={value}" for name, value in trainer.items()),
     ]

@@ -15,8 +15,7 @@ from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise,
 
 
 @pytest.fixture(autouse=True)
-def few_samples_and_steps(monkeypatch):
-    monkeypatch.setattr(validation.validate, "__defaults__", (8,))
+def few_steps(monkeypatch):
     grid = validation.picture_grid
     monkeypatch.setattr(validation, "picture_grid", lambda pipe, source, size: grid(pipe, source, size, steps=1))
 
@@ -101,6 +100,7 @@ def test_pretraining_logs_losses_and_pictures(base, tmp_path, monkeypatch):  # n
         "text_encoder={num_key_value_heads: 1, head_dim: 8}",
         f"data={SCENES}",
         f"validation_data={SCENES.replace('train', 'validation')}",
+        "validation_samples=8",
         f"cache={{folder: {tmp_path / 'cache'}, samples: 8, pixels: 1024, text: false}}",
         *(a for a in settings(base, "", tmp_path / "run", steps=1) if a.startswith("trainer.")),
     ]
