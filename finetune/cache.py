@@ -72,9 +72,6 @@ class EncodedSamples(Dataset):
         self.folder, self.samples = folder, samples
         self.open_shards: dict[int, Shard] = {}
 
-    def __len__(self) -> int:
-        return self.samples
-
     def locate(self, index: int) -> tuple[Shard, int]:
         """The shard of a sample and its place there."""
         number, place = divmod(index, SHARD)
