@@ -1,7 +1,8 @@
 """Training samples: where they come from, in which order, and in which batches.
 
 A sample is a dict: `image` float32 (3, H, W) in [0, 1]; `depth` float32 (1, H, W) in any unit, 0 where missing (all of
-it when the sample has no depth); `caption`, "" when there is none; and `key`, which names it in logs and reports.
+it when the sample has no depth) and inf where it is known to be infinite; `caption`, "" when there is none; and `key`,
+which names it in logs and reports.
 
 Everything hangs on the global sample index 0, 1, 2, ...: a source has a sample for every one of them, in an order that
 its seed alone decides, and the batches of all processes together use each index once. So a run resumes from its step
@@ -148,7 +149,7 @@ class Source:
 
 
 class ScenesSource(Source):
-    """Scene `index` of `finetune.scenes`, depth in metres; the sky is missing. Index 2**32 is index 0 again.
+    """Scene `index` of `finetune.scenes`, depth in metres, inf in the sky. Index 2**32 is index 0 again.
 
     Raises ValueError for a split of another name.
     """
@@ -170,10 +171,9 @@ class ScenesSource(Source):
         numbers = [index % 2**32 for index in indices]
         batch = render_scenes(numbers, c.seed, c.height, c.width, supersample=c.supersample, split=c.split)
         report.tried += len(indices)
-        depth = torch.where(batch.depth.isfinite(), batch.depth, 0.0)
         return [
             {"image": image, "depth": depth, "caption": caption, "key": f"scenes:{c.split}:{number}"}
-            for image, depth, caption, number in zip(batch.image, depth, batch.captions, numbers)
+            for image, depth, caption, number in zip(batch.image, batch.depth, batch.captions, numbers)
         ]
 
 

@@ -46,10 +46,9 @@ def read_base(base: str, base_config: dict | None) -> tuple[dict, int]:
 def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel:
     """The grafted transformer of a `PostTrainConfig` on the meta device, in the dtype of the base."""
     base, token_size = read_base(config.base, config.base_config)
+    depth = {"depth_channels": token_size**2, "num_depth_decoder_layers": config.num_depth_decoder_layers}
     with torch.device("meta"):
-        model = ModalityForcingFlux2Transformer2DModel(
-            **base, depth_channels=token_size**2, num_depth_decoder_layers=config.num_depth_decoder_layers
-        )
+        model = ModalityForcingFlux2Transformer2DModel(**(depth | base))  # a base that has depth keeps its own
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[config.base_dtype])
     return model

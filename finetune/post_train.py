@@ -2,19 +2,21 @@
 
     accelerate launch finetune/post_train.py --config finetune/configs/NAME.yaml [--dry-run] [key=value ...]
 
-The base is a `Flux2KleinPipeline` folder or Hub repository. The result is a `ModalityForcingPipeline` folder, and in
-"lora" mode an adapter file besides. `--dry-run` prints parameters, memory, data and the size of the cache, and stops.
+The base is a `Flux2KleinPipeline` folder or Hub repository, or a `ModalityForcingPipeline`, whose training goes on. The
+result is a `ModalityForcingPipeline` folder, and in "lora" mode an adapter file besides. `--dry-run` prints parameters,
+memory, data and the size of the cache, and stops.
 """
 
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 
@@ -37,7 +39,8 @@ from mf_diffusers.modality_forcing.text_features import encode_text
 class PostTrainConfig:
     """
     Args:
-        base: `Flux2KleinPipeline` folder or Hub repository.
+        base: pipeline folder or Hub repository. One that has depth already keeps its depth modules, depth processor and
+            text settings, whatever is said of them here.
         base_config: constructor arguments of its `Flux2Transformer2DModel`, for a dry run without the base; its tokens
             are taken to be FLUX.2's, of 16x16 pixels.
         base_dtype: "fp32" or "bf16": of the weights that stay frozen, the teacher and the text encoder. Weights in
@@ -47,6 +50,7 @@ class PostTrainConfig:
             modules.
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
+        depth_processor: arguments of the `DepthProcessor` besides the patch size, `infinite_depth` for example.
         text_encoder_out_layers, max_sequence_length, sample_size: of the pipeline that is written.
         validation_samples: how many of the held-out samples a validation takes.
         flip: mirror half of the samples, but none whose caption says left or right; needs `cache.folder: null`.
@@ -58,6 +62,7 @@ class PostTrainConfig:
     mode: str = "full"
     lora_rank: int = 64
     num_depth_decoder_layers: int = 4
+    depth_processor: dict[str, Any] = field(default_factory=dict)
     text_encoder_out_layers: list[int] = field(default_factory=lambda: [9, 18, 27])
     max_sequence_length: int = 512
     sample_size: int = 512
@@ -100,7 +105,27 @@ def choose_trainable(transformer: ModalityForcingFlux2Transformer2DModel, config
             parameter.data = parameter.data.float()
 
 
-def make_teacher(config: PostTrainConfig, transformer, base: Flux2Transformer2DModel, device) -> Callable | None:
+def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.nn.Module]:
+    """The pipeline to train, and the transformer that it starts from."""
+    dtype = DTYPES[config.base_dtype]
+    base = DiffusionPipeline.from_pretrained(
+        config.base, dtype={"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
+    )
+    if isinstance(base, ModalityForcingPipeline) and base.has_depth:
+        base.register_to_config(default_sample_size=config.sample_size)
+        return base, deepcopy(base.transformer)
+    pipe = ModalityForcingPipeline.from_base(
+        base,
+        num_depth_decoder_layers=config.num_depth_decoder_layers,
+        depth_processor_config=config.depth_processor,
+        text_encoder_out_layers=config.text_encoder_out_layers,
+        max_sequence_length=config.max_sequence_length,
+        default_sample_size=config.sample_size,
+    )
+    return pipe, base.transformer
+
+
+def make_teacher(config: PostTrainConfig, transformer, base: torch.nn.Module, device) -> Callable | None:
     """The frozen base as a function, for self-distillation; None without it. With a LoRA, the base is there already."""
     if not config.distils:
         return None
@@ -140,21 +165,14 @@ def main():
         print(report_post_training(config, transformer))
         return
     torch.manual_seed(config.trainer.seed)
-    dtype = DTYPES[config.base_dtype]
-    base = Flux2KleinPipeline.from_pretrained(
-        config.base, dtype={"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
-    )
-    pipe = ModalityForcingPipeline.from_base(
-        base,
-        num_depth_decoder_layers=config.num_depth_decoder_layers,
-        text_encoder_out_layers=config.text_encoder_out_layers,
-        max_sequence_length=config.max_sequence_length,
-        default_sample_size=config.sample_size,
-    )
+    pipe, base = open_base(config)
     pipe.set_progress_bar_config(disable=True)
     choose_trainable(pipe.transformer, config)
 
-    text = {"out_layers": config.text_encoder_out_layers, "max_sequence_length": config.max_sequence_length}
+    text = {
+        "out_layers": pipe.config.text_encoder_out_layers,
+        "max_sequence_length": pipe.config.max_sequence_length,
+    }
 
     def encode(prompts: list[str]) -> torch.Tensor:
         return encode_text(pipe.text_encoder, pipe.tokenizer, prompts, **text)
@@ -164,7 +182,9 @@ def main():
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     encoder = Encoder(pipe.vae, pipe.depth_processor, encode)
-    encoders = text | {"base": config.base} | ({} if dtype == torch.float32 else {"dtype": config.base_dtype})
+    encoders = text | {"base": config.base} | ({} if config.base_dtype == "fp32" else {"dtype": config.base_dtype})
+    if pipe.depth_processor.config.infinite_depth:
+        encoders["infinite_depth"] = True
     samples = prepare_samples(config, encoders, encoder)
     with torch.no_grad():
         empty_embeds = encode([""])
@@ -174,8 +194,8 @@ def main():
 
     if config.trainer.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
-    teacher = make_teacher(config, pipe.transformer, base.transformer, device)
-    del base  # frees its transformer, where that is not the teacher
+    teacher = make_teacher(config, pipe.transformer, base, device)
+    del base  # frees it, where it is not the teacher
     trainer = Trainer(config.trainer, pipe.transformer)
     save_config(config, trainer.folder / "config.yaml")
 

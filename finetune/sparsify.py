@@ -1,9 +1,9 @@
 """Masks that thin dense depth as sensors do, to study and to augment training on sparse depth.
 
-Each function takes a depth map (1, H, W) with 0 where depth is missing, the share of its valid pixels to keep, in
-(0, 1], and a CPU generator. It returns a bool mask (1, H, W) that is True at exactly that share of the valid pixels,
-rounded, but at one of them at least; and nowhere else. The generator alone decides the mask. All raise ValueError for
-another density or shape.
+Each function takes a depth map (1, H, W) with 0 where depth is missing and inf in the sky, the share of its valid
+pixels to keep, in (0, 1], and a CPU generator. It returns a bool mask (1, H, W) that is True at exactly that share of
+the valid pixels, rounded, but at one of them at least; and nowhere else. For the two sensors the sky is not valid: it
+sends nothing back. The generator alone decides the mask. All raise ValueError for another density or shape.
 """
 
 import math
@@ -28,6 +28,7 @@ def lidar_lines(depth: torch.Tensor, density: float, generator: torch.Generator)
 
     In the image a ring is a hyperbola, bent away from the horizon.
     """
+    depth = torch.where(depth.isfinite(), depth, 0.0)
     height, width = depth.shape[-2:]
     focal = max(height, width) / 2 / math.tan(math.radians(LIDAR_FOV_DEGREES) / 2)
     y = (torch.arange(height)[:, None] - (height - 1) / 2) / focal
@@ -52,6 +53,7 @@ def sensor_holes(depth: torch.Tensor, density: float, generator: torch.Generator
 
     Edges go first; how much the other two take is drawn.
     """
+    depth = torch.where(depth.isfinite(), depth, 0.0)
     valid = depth > 0
     height, width = depth.shape[-2:]
     log_depth = torch.where(valid, depth.clamp(min=1e-12).log(), 0.0)
@@ -102,4 +104,4 @@ def thin(sample: dict, density: float, pattern: str, index: int) -> dict:
     if density == 1:
         return sample
     mask = SPARSIFIERS[pattern](sample["depth"], density, torch.Generator().manual_seed(index))
-    return sample | {"depth": sample["depth"] * mask}
+    return sample | {"depth": torch.where(mask, sample["depth"], 0.0)}

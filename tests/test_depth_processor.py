@@ -58,6 +58,25 @@ def test_missing_pixels_are_noise(processor, missing):
     assert torch.equal(masked, tokens)
 
 
+def test_infinite_depth_is_known_where_the_processor_says_so():
+    processor = DepthProcessor(patch_size=4, far=30.0, infinite_depth=True)
+    depth = random_depth(8, 12)
+    depth[:3] = float("inf")
+    depth[7] = 0
+    mask = torch.ones(8, 12, dtype=torch.bool)
+    mask[0] = False
+    tokens, valid, scale = processor.preprocess(depth, mask=mask)
+    assert torch.equal(valid[0, 0], mask & (depth > 0))
+    assert scale == pytest.approx(depth[3:7].mean().item())  # of what is finite
+    assert (processor.unpatchify(tokens, 8, 12)[0, 0, 1:3] == 2).all()
+    made, made_valid = processor.postprocess(tokens, 8, 12, scale=scale)
+    assert not made_valid[0, 0, 1:3].any()
+    assert torch.allclose(made[0, 0, 1:3], 30 * scale)
+    assert torch.allclose(made[0, 0, 3:7], depth[3:7], rtol=1e-4)
+    sky = processor.normalize(torch.full((1, 1, 8, 12), float("inf")))
+    assert (sky[0] == 2).all() and sky[1].all() and sky[2] == 1
+
+
 def test_a_map_without_depth_is_noise_alone(processor):
     tokens, valid, scale = processor.preprocess(torch.zeros(8, 8), generator=torch.manual_seed(0))
     assert not valid.any() and scale == 1

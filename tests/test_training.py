@@ -171,6 +171,24 @@ def test_two_processes_follow_one(base, cache, data, tmp_path, monkeypatch):
     assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
 
 
+def test_a_base_with_depth_goes_on(base, cache, tmp_path, monkeypatch):
+    first = ["depth_processor={infinite_depth: true, far: 30}", *settings(base, cache, tmp_path / "first", steps=2)]
+    run(post_train, first, tmp_path, monkeypatch)
+    again = settings(tmp_path / "first" / "pipeline", cache, tmp_path / "again", steps=0)
+    again += ["sample_size=48", "num_depth_decoder_layers=3", "objective.distillation_high=0.5"]
+    run(post_train, again, tmp_path, monkeypatch)
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    pipe = ModalityForcingPipeline.from_pretrained(tmp_path / "again" / "pipeline")
+    assert pipe.depth_processor.config.infinite_depth
+    assert pipe.config.default_sample_size == 48
+    again = settings(tmp_path / "first" / "pipeline", cache, tmp_path / "more", steps=2)
+    run(post_train, [*again, "objective.distillation_high=0.5"], tmp_path, monkeypatch)
+    more = weights(tmp_path / "more")
+    assert not torch.equal(more["depth_embedder.weight"], before["depth_embedder.weight"])
+
+
 def test_lora(base, cache, tmp_path, monkeypatch):
     more = ["mode=lora", "lora_rank=2", "objective.distillation_high=0.5"]
     run(post_train, [*more, *settings(base, cache, tmp_path / "lora")], tmp_path, monkeypatch)

@@ -37,12 +37,15 @@ class DepthProcessor(ConfigMixin):
             Smallest relative depth (1 = mean of the map) that [`postprocess`] returns; nearer pixels are not valid.
         far (`float`, defaults to 1000.0):
             Largest relative depth that [`postprocess`] returns; farther pixels (sky) are clamped to it and not valid.
+        infinite_depth (`bool`, defaults to `False`):
+            Whether inf in a map is known depth, 2 when contracted, which a model must have been trained with. Default:
+            it is missing depth, as of the published model.
     """
 
     config_name = "depth_processor_config.json"
 
     @register_to_config
-    def __init__(self, patch_size: int = 16, near: float = 1e-3, far: float = 1000.0):
+    def __init__(self, patch_size: int = 16, near: float = 1e-3, far: float = 1000.0, infinite_depth: bool = False):
         super().__init__()
 
     @classmethod
@@ -93,23 +96,26 @@ class DepthProcessor(ConfigMixin):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
-            depth (`torch.Tensor` of shape (B, 1, H, W)): any positive unit; 0, negative, NaN and inf mean missing.
+            depth (`torch.Tensor` of shape (B, 1, H, W)): any positive unit; 0, negative and NaN mean missing, and so
+                does inf without `infinite_depth`.
             mask (`torch.Tensor` of shape (B, 1, H, W), *optional*): False where a pixel is missing besides those.
 
         Returns:
-            Contracted depth (B, 1, H, W) in [0, 2), 0 where missing; validity (B, 1, H, W), bool; and the scale (B,)
-            by which the relative depth was divided: the mean of the valid pixels, 1 where a map has none.
+            Contracted depth (B, 1, H, W) in [0, 2], 0 where missing; validity (B, 1, H, W), bool; and the scale (B,)
+            by which the relative depth was divided: the mean of the valid finite pixels, 1 where a map has none.
         """
         valid = torch.isfinite(depth) & (depth > 0)
+        infinite = torch.isposinf(depth) & self.config.infinite_depth
         if mask is not None:
-            valid = valid & mask.bool()
+            valid, infinite = valid & mask.bool(), infinite & mask.bool()
         depth = torch.where(valid, depth, 0.0)
         count = valid.sum(dim=(1, 2, 3))
         # The mean of depth relative to its peak, so that no unit overflows float32.
         peak = depth.amax(dim=(1, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
         mean = peak * ((depth / peak.view(-1, 1, 1, 1)).sum(dim=(1, 2, 3)) / count.clamp(min=1))
         scale = torch.where(count > 0, mean, 1.0)
-        return contract(depth / scale.view(-1, 1, 1, 1)), valid, scale
+        contracted = contract(depth / scale.view(-1, 1, 1, 1))
+        return torch.where(infinite, 2.0, contracted), valid | infinite, scale
 
     def preprocess(
         self,

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
@@ -100,6 +101,7 @@ class ModalityForcingLoaderMixin:
         base: "Flux2KleinPipeline | ModalityForcingPipeline",  # noqa: F821
         num_depth_decoder_layers: int = 4,
         shift_mu: float = PUBLISHED_SHIFT_MU,
+        depth_processor_config: dict[str, Any] | None = None,
         **pipeline_config,
     ) -> Self:
         r"""
@@ -110,6 +112,7 @@ class ModalityForcingLoaderMixin:
                 family. Its VAE, text encoder and tokenizer are shared, its transformer is copied.
             num_depth_decoder_layers (`int`): Blocks of the depth decoder.
             shift_mu (`float`): Time shift of both schedules.
+            depth_processor_config (`dict`, *optional*): Arguments of the [`DepthProcessor`] besides the patch size.
             pipeline_config: `text_encoder_out_layers`, `max_sequence_length`, `default_sample_size`, ... Default: those
                 of a base of the from-scratch family.
 
@@ -132,6 +135,6 @@ class ModalityForcingLoaderMixin:
             vae=base.vae,
             text_encoder=base.text_encoder,
             tokenizer=base.tokenizer,
-            depth_processor=DepthProcessor(patch_size=patch_size),
+            depth_processor=DepthProcessor(patch_size=patch_size, **(depth_processor_config or {})),
             **pipeline_config,
         )
