@@ -524,7 +524,8 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             image (*optional*): Image or images to make depth of: PIL, array (H, W, 3) or tensor (3, H, W), batches of
                 these with an axis in front, or a list; values in [0, 1]. Any size, one size a call.
             depth (*optional*): Depth map or maps to make images of, larger is farther: array or tensor (H, W), batches
-                with an axis in front, one-channel PIL image, or a list. 0, negative, NaN and inf mean missing.
+                with an axis in front, one-channel PIL image, or a list. 0, negative and NaN mean missing, and so does
+                inf for a model that was not trained with infinite depth (`depth_processor.config.infinite_depth`).
             depth_mask (*optional*): False where `depth` is missing besides; of its shape.
             height, width (`int`, *optional*): Size to work at, rounded to the token size. Default: the aspect ratio of
                 the input near `default_sample_size`. The result has the size of the input, where there is one.
