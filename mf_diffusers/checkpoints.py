@@ -73,6 +73,8 @@ def load_pipeline(model, device, dtype, text_encoder=None, lora=None, offload="n
             raise ValueError(f"--model {model} is a {name}; a {ModalityForcingPipeline.__name__} is needed.")
         absent = {"text_encoder": None, "tokenizer": None} if text_encoder else {}
         pipe = ModalityForcingPipeline.from_pretrained(model, dtype=dtype, **absent, **hub)
+        if not pipe.has_depth:
+            raise ValueError(f"--model {model} is a text-to-image base without depth: post-train it (finetune/).")
         if pipe.text_encoder is None:
             text_encoder = text_encoder or TEXT_ENCODERS.get(pipe.transformer.config.joint_attention_dim)
             if text_encoder is None:
@@ -181,7 +183,8 @@ def read_checkpoint(model, offline):
         parts = {part: weights_of(f"{part}/") for part in ("transformer", "vae", "text_encoder")}
         facts["text_encoder"] = config_of("model_index.json")["text_encoder"][1]
         for name in ("scheduler", "depth_scheduler"):
-            facts[f"{name}_shift"] = config_of(f"{name}/scheduler_config.json")["shift"]
+            if f"{name}/scheduler_config.json" in files:  # a text-to-image base has the first alone
+                facts[f"{name}_shift"] = config_of(f"{name}/scheduler_config.json")["shift"]
     elif "model.safetensors" in files:
         kind = "published layout"
         config, transformer = convert_published_transformer(weights_of("model."))

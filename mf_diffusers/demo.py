@@ -28,7 +28,7 @@ from mf_diffusers.visualization import PERCENTILES, colorize_depth, colorize_err
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
 EMBEDDED_SCENES = Path(__file__).parent / "embedded" / "scenes"
-PROMPTS = (  # in the words of the embedded model, those of finetune/scenes.py
+PROMPTS = (  # in the words of the embedded model, those of finetune/scenes
     "a large red ball and a blue cube in a room with a wooden floor",
     "a large orange sphere on a grassy plain under a cloudy sky",
     "a teal cone left of a purple cylinder in a sandy desert under an evening sky",
@@ -44,7 +44,7 @@ Scene = namedtuple("Scene", "name caption image depth")  # depth (H, W) in metre
 
 
 def demo_scenes():
-    """Scenes that the embedded model has not seen in training: of the split "test" of finetune/scenes.py, seed 0.
+    """Scenes that the embedded model has not seen in training: of the split "test" of finetune/scenes, seed 0.
 
     The number in a name is the scene's index. They are rendered at 256x256 with supersample=3.
     """

@@ -497,7 +497,9 @@ save_file({{"images": output.images, "depth": output.depth}}, {str(tmp_path / "o
 """
     subprocess.run([sys.executable, "-c", script], check=True, env={"HF_HUB_OFFLINE": "1", "PATH": ""}, timeout=300)
     loaded = load_file(tmp_path / "out.safetensors")
-    assert torch.equal(loaded["images"], expected.images) and torch.equal(loaded["depth"], expected.depth)
+    # not to the bit: the number of threads may differ, and with it the order of sums
+    assert torch.allclose(loaded["images"], expected.images, atol=1e-5)
+    assert torch.allclose(loaded["depth"], expected.depth, rtol=1e-4)
 
 
 def make_flux2(pipe) -> Flux2Transformer2DModel:

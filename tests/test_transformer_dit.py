@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
+from mf_diffusers.checkpoints import load_pipeline, read_checkpoint
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import MIN_TIMESTEP, add_noise
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
@@ -649,3 +650,12 @@ def test_components_that_do_not_fit(pipe):
         call(ModalityForcingPipeline(**pipe.components | {"depth_scheduler": None}), "a cat")
     with pytest.raises(ValueError, match=r"shape \(B, L, 24\), got \(1, 8, 40\)"):
         call(pipe, prompt_embeds=torch.zeros(1, 8, 40))
+
+
+def test_a_base_on_the_command_line(base_pipe, tmp_path):
+    base_pipe.save_pretrained(tmp_path / "base")
+    _, _, parts, facts = read_checkpoint(tmp_path / "base", offline=True)
+    assert "scheduler_shift" in facts and "depth_scheduler_shift" not in facts
+    assert not any("depth" in name for name in parts["transformer"])
+    with pytest.raises(ValueError, match="a text-to-image base without depth: post-train it"):
+        load_pipeline(str(tmp_path / "base"), "cpu", torch.float32)
