@@ -16,6 +16,7 @@ LIDAR_FOV_DEGREES = 60.0  # along the longer side; the shape of the rings, not t
 LINE_SHARE_EXPONENT = 0.6  # the share of rows with a ring is density**0.6: rings are finer along than across
 EDGE_JUMP = 0.2  # of log depth, summed over the neighbourhoods that see it
 BLOB_CELLS = (4, 12)  # noise cells along the longer side
+PATCHES, PATCH_SIDES = 64, (1 / 16, 1 / 3)  # how many are drawn, and between which shares of the longer side
 
 
 def random_points(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
@@ -74,6 +75,20 @@ def sensor_holes(depth: torch.Tensor, density: float, generator: torch.Generator
     return _keep_lowest(torch.stack(causes).amax(0), depth, density)
 
 
+def patches(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """Squares of many sizes anywhere, as of scans that saw a part of the scene; the last one may be incomplete."""
+    height, width = depth.shape[-2:]
+    smallest, largest = (share * max(height, width) for share in PATCH_SIDES)
+    first = torch.full(depth.shape, float(PATCHES))  # the first patch that a pixel lies in
+    draws = torch.rand(PATCHES, 3, generator=generator)
+    for number, (size, y, x) in enumerate(draws.tolist()):
+        side = round(smallest * (largest / smallest) ** size)
+        top, left = round(y * (height + side)) - side, round(x * (width + side)) - side
+        cell = first[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
+        cell.clamp_(max=number)
+    return _keep_lowest(first + torch.rand(depth.shape, generator=generator), depth, density)
+
+
 def _rank(values, valid):
     """Each value's place among the valid ones, in [0, 1]; equal values share one."""
     _, place, number = values[valid].unique(return_inverse=True, return_counts=True)
@@ -96,12 +111,23 @@ def _keep_lowest(score, depth, density):
     return mask.view(depth.shape)
 
 
-SPARSIFIERS = {"random": random_points, "lidar": lidar_lines, "holes": sensor_holes}
+SPARSIFIERS = {"random": random_points, "lidar": lidar_lines, "holes": sensor_holes, "patches": patches}
 
 
 def thin(sample: dict, density: float, pattern: str, index: int) -> dict:
-    """A sample with `density` of its depth, thinned as `SPARSIFIERS` names it; `index` decides which pixels stay."""
+    """
+    A sample with `density` of its depth.
+
+    Args:
+        pattern: a name in `SPARSIFIERS`, or several joined by "+", which the samples take in turn.
+        index: of the sample; it decides which pixels stay.
+
+    Raises ValueError for a pattern that does not exist.
+    """
     if density == 1:
         return sample
-    mask = SPARSIFIERS[pattern](sample["depth"], density, torch.Generator().manual_seed(index))
+    patterns = pattern.split("+")
+    if not SPARSIFIERS.keys() >= set(patterns):
+        raise ValueError(f"depth_pattern {pattern!r}: choose of {', '.join(SPARSIFIERS)}, or several joined by +")
+    mask = SPARSIFIERS[patterns[index % len(patterns)]](sample["depth"], density, torch.Generator().manual_seed(index))
     return sample | {"depth": torch.where(mask, sample["depth"], 0.0)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune.scenes import render_scenes
-from finetune.sparsify import SPARSIFIERS, lidar_lines, sensor_holes
+from finetune.sparsify import SPARSIFIERS, lidar_lines, sensor_holes, thin
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -74,3 +74,31 @@ def test_holes_take_edges_far_points_and_blobs(depth):
     assert not mask[..., 31:33].any()
     changes = mask[..., 1:].ne(mask[..., :-1]).float().mean()
     assert changes < 0.1  # blobs, not points
+
+
+def test_patches_fill_whole_tokens_where_points_fill_none():
+    def full_tokens(name):
+        masks = [SPARSIFIERS[name](torch.ones(1, 64, 64), 0.1, generator(seed))[0] for seed in range(20)]
+        return sum(mask.unflatten(0, (8, 8)).unflatten(2, (8, 8)).all(3).all(1).sum() for mask in masks) / 20
+
+    assert full_tokens("random") == 0
+    assert full_tokens("patches") > 0.5
+
+
+def test_sensors_do_not_see_the_sky():
+    depth = torch.ones(1, 32, 32)
+    depth[:, :16] = torch.inf
+    for name, sees in {"random": True, "patches": True, "lidar": False, "holes": False}.items():
+        masks = [SPARSIFIERS[name](depth, 0.2, generator(seed)) for seed in range(5)]
+        assert any(mask[:, :16].any() for mask in masks) == sees
+
+
+def test_samples_take_patterns_in_turn():
+    sample = {"depth": torch.full((1, 32, 32), torch.inf), "caption": ""}
+    for index in range(4):
+        thinned = thin(sample, 0.1, "random+patches", index)["depth"]
+        mask = SPARSIFIERS[("random", "patches")[index % 2]](sample["depth"], 0.1, generator(index))
+        assert torch.equal(thinned, torch.where(mask, torch.inf, 0.0))
+    assert thin(sample, 1, "random", 0) is sample
+    with pytest.raises(ValueError, match="choose of random, lidar, holes, patches"):
+        thin(sample, 0.1, "random+stripes", 0)
