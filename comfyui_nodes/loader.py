@@ -39,6 +39,7 @@ def load_pipeline(folder: Path):
     model = load_model(folder)
     model.model.sample_size = index["default_sample_size"]
     model.model.log2_alpha = index["default_log2_alpha"]
+    model.model.depth_far = _read_json(folder / "depth_processor" / "depth_processor_config.json")["far"]
     clip = load_clip(folder, index) if index["text_encoder"][1] else None
     vae = load_vae(folder / "vae")
     if isinstance(vae.first_stage_model, DiffusersAutoencoder):

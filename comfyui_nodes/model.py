@@ -290,11 +290,12 @@ class ModalityForcing(comfy.model_base.Flux):
     The model that ComfyUI samples: two streams in one nested latent.
 
     `log2_alpha` is the trajectory, which the node 'Modality Forcing Trajectory' patches; `sample_size` the side of the
-    square, in pixels, whose area the model was made for.
+    square, in pixels, whose area the model was made for; `depth_far` the relative depth beyond which is the sky.
     """
 
     log2_alpha = DEFAULT_LOG2_ALPHA
     sample_size = 512
+    depth_far = 1000.0
 
     def __init__(self, model_config, device=None):
         super().__init__(model_config, device=device, unet_model=DepthFlux)

@@ -28,7 +28,9 @@ COLORMAPS = {
     "gray (near bright)": "gray_r",
     "gray (far bright)": "gray",
 }
-INFO = "modality_forcing"  # key in a LATENT: the "size" (height, width) to return, the "scale" (B,) of given depth
+# Key in a LATENT: the "size" (height, width) to return, the "scale" (B,) of given depth, and the relative depth "far"
+# beyond which none is valid.
+INFO = "modality_forcing"
 
 MODEL_TIP = "A Modality Forcing model, from 'Load Diffusion Model' or 'Load Modality Forcing Pipeline'."
 RAW_DEPTH_TIP = "Raw depth, larger is farther. From 'Decode RGB-D' or 'Load Depth'."
@@ -105,7 +107,7 @@ class EmptyLatent(io.ComfyNode):
         if working != (height, width):
             logging.warning(f"{height}x{width} (H x W) is no multiple of {token}: made at {working[0]}x{working[1]}.")
         samples = NestedTensor((_zeros(batch_size, channels, rows, columns), _zeros(batch_size, 1, *working)))
-        return io.NodeOutput({"samples": samples, INFO: {"size": (height, width)}})
+        return io.NodeOutput({"samples": samples, INFO: {"size": (height, width), "far": model.model.depth_far}})
 
 
 class Encode(io.ComfyNode):
@@ -208,7 +210,11 @@ class Encode(io.ComfyNode):
         images, depths, missing = (x.to(device).expand(batch_size, -1, -1, -1) for x in (images, depths, missing))
         out = {
             "samples": NestedTensor((images.clone(), depths.clone())),
-            INFO: {"size": output_size, "scale": None if keep == "image" else scale},
+            INFO: {
+                "size": output_size,
+                "scale": None if keep == "image" else scale,
+                "far": model.model.depth_far,
+            },
         }
         if keep == "image":
             out["noise_mask"] = NestedTensor((torch.zeros_like(images[:, :1]), torch.ones_like(depths)))
@@ -284,7 +290,7 @@ class Decode(io.ComfyNode):
         depths, info = depths.cpu(), latent.get(INFO, {})
         working = tuple(depths.shape[-2:])
         size = info.get("size", working)
-        processor = DepthProcessor(patch_size=1)
+        processor = DepthProcessor(patch_size=1, far=info.get("far", ModalityForcing.depth_far))
         depth, valid = processor.postprocess(processor.patchify(depths), *working, size, info.get("scale"))
         if vae is None:
             image = _blocked(cls, 0, "The image is wanted, but no VAE is connected: connect the VAE of the model.")

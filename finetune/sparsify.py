@@ -16,7 +16,7 @@ LIDAR_FOV_DEGREES = 60.0  # along the longer side; the shape of the rings, not t
 LINE_SHARE_EXPONENT = 0.6  # the share of rows with a ring is density**0.6: rings are finer along than across
 EDGE_JUMP = 0.2  # of log depth, summed over the neighbourhoods that see it
 BLOB_CELLS = (4, 12)  # noise cells along the longer side
-PATCHES, PATCH_SIDES = 64, (1 / 16, 1 / 3)  # how many are drawn, and between which shares of the longer side
+PATCHES, PATCH_SIDES = 64, (1 / 16, 1 / 8)  # how many are drawn, and between which shares of the longer side
 
 
 def random_points(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
@@ -76,7 +76,8 @@ def sensor_holes(depth: torch.Tensor, density: float, generator: torch.Generator
 
 
 def patches(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
-    """Squares of many sizes anywhere, as of scans that saw a part of the scene; the last one may be incomplete."""
+    """Small squares anywhere, the last one incomplete. Dense inside, as depth is in sampling, where points alone would
+    leave a model to learn that most pixels are noise; small, so that their mean is about that of the scene."""
     height, width = depth.shape[-2:]
     smallest, largest = (share * max(height, width) for share in PATCH_SIDES)
     first = torch.full(depth.shape, float(PATCHES))  # the first patch that a pixel lies in
