@@ -175,7 +175,7 @@ def encode_samples(config: CacheConfig, source_config, pipe_config: dict, encode
         TooManyUnreadableError: more than 1% of the samples could not be read. Fewer are replaced, and listed.
     """
     if config.text != (encoder.encode_text is not None):
-        raise SystemExit("error: cache.text must be true in post-training, and false in pre-training")
+        raise SystemExit("error: cache.text must be true where the text encoder is frozen, false where it trains")
     source = build_source(source_config)
     content = [source_config, asdict(config) | {"folder": ""}, pipe_config, weights_hash(encoder.vae)]
     content += files_hash(source)
