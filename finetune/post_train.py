@@ -27,7 +27,7 @@ from finetune.config import load_config, save_config, take_flag
 from finetune.data import build_source
 from finetune.dry_run import DTYPES, TRANSFORMERS, empty_transformer, report_post_training
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.trainer import Trainer, TrainerConfig, join_processes
+from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, save_adapter
@@ -166,6 +166,23 @@ def micro_batch_losses(config, trainer, batch: EncodedBatch, generators, empty_e
     )
 
 
+def save_result(config: PostTrainConfig, pipe: ModalityForcingPipeline, folder: Path) -> None:
+    """Writes the pipeline into `folder`, and in "lora" mode the adapter beside it; afterwards the LoRA is merged."""
+    if config.mode == "lora":
+        save_adapter(pipe.transformer, folder.parent / "adapter.safetensors", config.base)
+        pipe.transformer.fuse_lora()
+        pipe.transformer.unload_lora()
+    pipe.save_pretrained(folder)
+
+
+def consolidate(config: PostTrainConfig, checkpoint: Path, folder: Path) -> None:
+    """Writes the pipeline of a checkpoint of a run with these settings."""
+    pipe, _ = open_base(config)
+    choose_trainable(pipe.transformer, config)
+    load_result(pipe.transformer, checkpoint)
+    save_result(config, pipe, folder)
+
+
 def main():
     is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
@@ -208,7 +225,8 @@ def main():
     teacher = make_teacher(config, pipe.transformer, base, device)
     del base  # frees it, where it is not the teacher
     trainer = Trainer(config.trainer, pipe.transformer)
-    save_config(config, trainer.folder / "config.yaml")
+    if trainer.accelerator.is_main_process:
+        save_config(config, trainer.folder / "config.yaml")
 
     stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
@@ -227,12 +245,11 @@ def main():
                 pipe.text_encoder.to("cpu")
 
     if trainer.accelerator.is_main_process:
-        with trainer.averaged_weights():
-            if config.mode == "lora":
-                save_adapter(pipe.transformer, trainer.folder / "adapter.safetensors", config.base)
-                pipe.transformer.fuse_lora()
-                pipe.transformer.unload_lora()
-            pipe.save_pretrained(trainer.folder / "pipeline")
+        if trainer.is_sharded:
+            consolidate(config, trainer.last_checkpoint, trainer.folder / "pipeline")
+        else:
+            with trainer.averaged_weights():
+                save_result(config, pipe, trainer.folder / "pipeline")
     trainer.finish(samples.report)
 
 

@@ -38,7 +38,7 @@ from finetune.config import load_config, save_config, take_flag
 from finetune.data import ReadReport, Source, build_source
 from finetune.dry_run import DTYPES, read_token_size, report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.trainer import Trainer, TrainerConfig, join_processes
+from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
@@ -247,6 +247,19 @@ def make_pipeline(
     return pipe
 
 
+def consolidate(config: PretrainConfig, checkpoint: Path, folder: Path) -> None:
+    """Writes the pipeline of a checkpoint of a run with these settings."""
+    if config.pretrained_text_encoder is None:
+        tokenizer = AutoTokenizer.from_pretrained(Path(config.trainer.output) / "tokenizer")
+        model = TextToImage(config, tokenizer)
+        text_encoder = model.text_encoder
+    else:
+        model = TextToImage(config, None)
+        text_encoder, tokenizer = open_text_encoder(config)
+    load_result(model, checkpoint)
+    make_pipeline(config, model, open_vae(config.vae), text_encoder, tokenizer).save_pretrained(folder)
+
+
 def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: int):
     """Square pictures of captions, in two rows."""
     side = round(config.cache.pixels**0.5 / token_size) * token_size
@@ -269,7 +282,7 @@ def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: 
 
 def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage, encoder: Encoder, source: Source):
     """Logs losses of held-out samples by level, and writes pictures of the captions of some."""
-    if not trainer.accelerator.is_main_process:
+    if not trainer.validates:
         return
 
     def losses_at(batch, generators, level):
@@ -286,7 +299,8 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
     log_validation(trainer, losses, {})
     captions = [sample["caption"] for sample in source.read(list(range(12)), report)]
     sheet = picture_grid(config, pipe, captions, encoder.token_size)
-    sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
+    if trainer.accelerator.is_main_process:
+        sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
 
 
 def main():
@@ -331,7 +345,9 @@ def main():
     if config.trainer.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
     trainer = Trainer(config.trainer, model)
-    save_config(config, trainer.folder / "config.yaml")
+    if trainer.accelerator.is_main_process:
+        save_config(config, trainer.folder / "config.yaml")
+        tokenizer.save_pretrained(trainer.folder / "tokenizer")
     held_out = build_source(config.validation_data or config.data)
 
     stream = samples.stream(trainer)
@@ -351,9 +367,13 @@ def main():
             if is_text_cached:
                 text_encoder.to("cpu")
 
-    with trainer.averaged_weights():
+    if trainer.is_sharded:
         if trainer.accelerator.is_main_process:
-            pipe.save_pretrained(trainer.folder / "pipeline")
+            consolidate(config, trainer.last_checkpoint, trainer.folder / "pipeline")
+    else:
+        with trainer.averaged_weights():
+            if trainer.accelerator.is_main_process:
+                pipe.save_pretrained(trainer.folder / "pipeline")
     trainer.finish(samples.report)
 
 
