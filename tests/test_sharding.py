@@ -11,36 +11,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dry_run import fresh_accelerate  # noqa: F401
-from test_training import ROOT, command, run
+from test_training import ROOT, base, cache, command, frames, run, settings, weights  # noqa: F401
 from test_training_dit import TRAINED_ALONG, pretrain_settings, vae  # noqa: F401
 
-from finetune import pretrain
+from finetune import consolidate, post_train, pretrain
 from finetune.sharding import read_tensors
 from mf_diffusers import ModalityForcingPipeline
 
 
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1"}
-UNVALIDATED = """
+DRIVER = """
 import sys
 sys.path.insert(0, {root!r})
-from finetune import pretrain
-pretrain.validate = lambda *_: None
-pretrain.main()
+from PIL import Image
+from finetune import {script}
+if {validates}:
+    {script}.picture_grid = lambda *_: Image.new("RGB", (8, 8))
+else:
+    {script}.validate = lambda *_: None
+{script}.main()
 """
 
 
-def start(arguments: list[str], folder: Path, processes: int, validates: bool = False) -> subprocess.Popen:
-    """Pre-training in sharded processes; the pictures of validations cost more than these runs do."""
-    script = folder / "unvalidated.py"
-    script.write_text(UNVALIDATED.format(root=str(ROOT)))
-    script = ROOT / "finetune" / "pretrain.py" if validates else script
+def start(
+    arguments: list[str], folder: Path, processes: int, script: str = "pretrain", validates: bool = False
+) -> subprocess.Popen:
+    """Training in sharded processes; the pictures of validations cost more than these runs do."""
+    path = folder / "driver.py"
+    path.write_text(DRIVER.format(root=str(ROOT), script=script, validates=validates))
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     return subprocess.Popen(
-        command(script, arguments, folder, *launcher), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        command(path, arguments, folder, *launcher), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -48,11 +52,6 @@ def launch(*args, **kwargs) -> None:
     process = start(*args, **kwargs)
     _, errors = process.communicate(timeout=580)
     assert process.returncode == 0, errors[-3000:]
-
-
-def consolidate(checkpoint: Path, folder: Path) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, str(ROOT / "finetune" / "consolidate.py"), str(checkpoint), str(folder)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
 
 
 def loss_curve(run_folder: Path) -> dict[int, float]:
@@ -79,21 +78,27 @@ def assert_follows(run_folder: Path, other: Path) -> None:
     assert curve < 1e-4 and distance < 1e-4
 
 
-def arguments_of(vae: Path, output: Path, **trainer) -> list[str]:
+def arguments_of(vae: Path, output: Path, **trainer) -> list[str]:  # noqa: F811
     chosen = {"batch_size": 8, "micro_batch_size": 1, "checkpoint_every": 3, "validate_every": 4} | trainer
     chosen |= {"learning_rate": 1e-4, "warmup_steps": 0}
     return [*pretrain_settings(vae, output, TRAINED_ALONG, **chosen), f"cache.folder={output.parent / 'cache'}"]
 
 
 @pytest.fixture(scope="module")
-def runs(vae, tmp_path_factory):
-    """The same run in one process, which is not sharded, and in two and four, which are."""
+def one(vae, tmp_path_factory):  # noqa: F811
+    """A run in one process, which is not sharded."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(pretrain, arguments_of(vae, folder / "one"), folder, monkeypatch)
-    launch(arguments_of(vae, folder / "two"), folder, 2, validates=True)
-    launch(arguments_of(vae, folder / "four"), folder, 4)
-    return folder
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def runs(vae, one):  # noqa: F811
+    """The folder of that run and of the same in two and four processes, which are sharded."""
+    launch(arguments_of(vae, one.parent / "two"), one.parent, 2, validates=True)
+    launch(arguments_of(vae, one.parent / "four"), one.parent, 4)
+    return one.parent
 
 
 @pytest.mark.parametrize("processes", ["two", "four"])
@@ -110,24 +115,26 @@ def take_up(source: Path, output: Path) -> None:
     shutil.copytree(source / "logs", output / "logs")
 
 
-def test_a_sharded_run_goes_on_in_one_process(vae, runs, tmp_path, monkeypatch):
+def test_a_sharded_run_goes_on_in_one_process(vae, runs, tmp_path, monkeypatch):  # noqa: F811
     take_up(runs / "four", tmp_path / "one")
     run(pretrain, arguments_of(vae, tmp_path / "one"), tmp_path, monkeypatch)
     assert_follows(tmp_path / "one", runs / "one")
 
 
-@pytest.mark.parametrize("source", ["one", "two"])
-def test_runs_of_one_and_two_go_on_in_four(vae, runs, tmp_path, source):
-    take_up(runs / source, tmp_path / "four")
+def test_a_run_of_two_goes_on_in_four(vae, runs, tmp_path):  # noqa: F811
+    take_up(runs / "two", tmp_path / "four")
     launch(arguments_of(vae, tmp_path / "four"), tmp_path, 4)
     assert_follows(tmp_path / "four", runs / "one")
 
 
 @pytest.mark.parametrize("processes", ["one", "two", "four"])
-def test_consolidated_bit_by_bit(runs, tmp_path, processes):
+def test_consolidated_bit_by_bit(runs, tmp_path, monkeypatch, processes):
+    def consolidated(checkpoint, folder):
+        monkeypatch.setattr(sys, "argv", ["consolidate.py", str(checkpoint), str(folder)])
+        consolidate.main()
+
     checkpoint = runs / processes / "checkpoints" / "step-00000006"
-    done = consolidate(checkpoint, tmp_path / "pipeline")
-    assert done.returncode == 0, done.stderr[-3000:]
+    consolidated(checkpoint, tmp_path / "pipeline")
     found, written = tensors_of(tmp_path / "pipeline"), tensors_of(runs / processes / "pipeline")
     assert found.keys() == written.keys() and all(torch.equal(t, written[name]) for name, t in found.items())
     pipe, averages = (
@@ -138,11 +145,13 @@ def test_consolidated_bit_by_bit(runs, tmp_path, processes):
     for name, average in averages.items():
         part, name = name.split(".", 1)
         assert torch.equal(pipe.components[part].state_dict()[name], average)
-    assert "exists already" in consolidate(checkpoint, tmp_path / "pipeline").stderr
-    assert "is no checkpoint of a run" in consolidate(tmp_path / "nowhere", tmp_path / "other").stderr
+    with pytest.raises(SystemExit, match="exists already"):
+        consolidated(checkpoint, tmp_path / "pipeline")
+    with pytest.raises(SystemExit, match="is no checkpoint of a run"):
+        consolidated(tmp_path / "nowhere", tmp_path / "other")
 
 
-def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, runs, tmp_path, monkeypatch):
+def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, one, tmp_path, monkeypatch):  # noqa: F811
     output = tmp_path / "killed"
     process = start(arguments_of(vae, output, steps=6, checkpoint_every=1, keep_checkpoints=9), tmp_path, 2)
     while process.poll() is None and not list(output.glob("checkpoints/step-*[1-9]")):
@@ -153,4 +162,23 @@ def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, runs, tmp_path, m
     assert process.returncode != 0 and "Signal 9 (SIGKILL) received" in errors
     assert not (output / "pipeline").exists()
     run(pretrain, arguments_of(vae, output), tmp_path, monkeypatch)
-    assert_follows(output, runs / "one")
+    assert_follows(output, one)
+
+
+def test_post_training_of_flux2_with_frozen_weights_and_samples_of_several_sizes(
+    base,  # noqa: F811
+    cache,  # noqa: F811
+    frames,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """Processes whose samples fall into micro batches of unequal number would wait for one another for ever."""
+
+    def arguments(output):
+        return settings(base, cache, tmp_path / output, frames, steps=4, batch_size=8, max_grad_norm=1e9)
+
+    run(post_train, arguments("one"), tmp_path, monkeypatch)
+    launch(arguments("two"), tmp_path, 2, script="post_train")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
