@@ -107,22 +107,30 @@ class EncodedSamples(Dataset):
         """Indices and positions of the micro batches of this process from `trainer.step` on.
 
         Every epoch is a new shuffle. The samples of a step are sorted by size into micro batches, so that some of these
-        are smaller than `micro_batch_size` where sizes are mixed.
+        are smaller than `micro_batch_size` where sizes are mixed. All processes have as many: those of a sharded model
+        gather its weights together.
         """
-        config, rank, world_size = trainer.config, trainer.accelerator.process_index, trainer.accelerator.num_processes
-        size = config.micro_batch_size
-        mine = [p for p in range(config.batch_size) if p // size % world_size == rank]
-        for step in range(trainer.step, config.steps):
-            groups = defaultdict(list)
-            for position in mine:
+        rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        for step in range(trainer.step, trainer.config.steps):
+            batches = [self.micro_batches(trainer.config, step, other, world_size) for other in range(world_size)]
+            mine = batches[rank]
+            while len(mine) < max(map(len, batches)):
+                longest = mine.pop(max(range(len(mine)), key=lambda i: len(mine[i])))
+                mine += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+            for batch in mine:
+                indices, positions = zip(*batch)
+                yield list(indices), list(positions)
+
+    def micro_batches(self, config, step: int, rank: int, world_size: int) -> list[list[tuple[int, int]]]:
+        """The (index, position) of a process's samples of a step, in micro batches of one size each."""
+        size, groups = config.micro_batch_size, defaultdict(list)
+        for position in range(config.batch_size):
+            if position // size % world_size == rank:
                 epoch, offset = divmod(step * config.batch_size + position, self.samples)
                 index = int(permutation(self.samples, config.seed, epoch)[offset])
                 shard, place = self.locate(index)
                 groups[shard.size(place)].append((index, position))
-            for group in groups.values():
-                for start in range(0, len(group), size):
-                    indices, positions = zip(*group[start : start + size])
-                    yield list(indices), list(positions)
+        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
     def stream(self, trainer) -> Iterator[EncodedBatch]:
         """The micro batches of this process from `trainer.step` on."""
@@ -175,7 +183,7 @@ def encode_samples(config: CacheConfig, source_config, pipe_config: dict, encode
         TooManyUnreadableError: more than 1% of the samples could not be read. Fewer are replaced, and listed.
     """
     if config.text != (encoder.encode_text is not None):
-        raise SystemExit("error: cache.text must be true in post-training, and false in pre-training")
+        raise SystemExit("error: cache.text must be true where the text encoder is frozen, false where it trains")
     source = build_source(source_config)
     content = [source_config, asdict(config) | {"folder": ""}, pipe_config, weights_hash(encoder.vae)]
     content += files_hash(source)

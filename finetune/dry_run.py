@@ -10,45 +10,72 @@ Activations are what autograd keeps of a block of width D and MLP ratio m for ea
 and the modulated input (3 D), queries and keys before their norm (2 D), the four tensors of attention (4 D), what the
 gates multiply, the second norm or the fused projection (3 D), and five times m D in the gated MLP: (12 + 5 m) D values.
 With gradient checkpointing it is D values for each block, and one block in full. The formula counts every product's
-input, though frozen weights do not need theirs, and every value in the compute dtype, though norms keep float32.
+input, though frozen weights do not need theirs, every value in the compute dtype, though norms keep float32, and
+grouped keys and values as wide as the queries that share them.
 """
 
 from collections import Counter
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2
+from omegaconf import OmegaConf
 
 from finetune.cache import CacheConfig
 from finetune.data import build_source
 from finetune.trainer import TrainerConfig
-from mf_diffusers import ModalityForcingFlux2Transformer2DModel
+from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.image_processor import processing_size
 
 
+TRANSFORMERS = {"flux2": ModalityForcingFlux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLUX2_TOKEN_SIZE = 16  # pixels along a token's side: 8 of the VAE's, in cells of 2x2
+FLUX2_CHANNELS = 128  # values of such a token
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
 Stack = tuple[int, int, int, float]  # blocks of one kind: their number, tokens, width and MLP ratio
 
 
-def read_base(base: str, base_config: dict | None) -> tuple[dict, int]:
-    """Constructor arguments of the base's transformer, and the size of its tokens in pixels."""
-    if base_config is not None:
-        return base_config, FLUX2_TOKEN_SIZE
+def read_base(config) -> tuple[dict, int]:
+    """Constructor arguments of the transformer that a `PostTrainConfig` begins with, and the size of its tokens."""
+    if config.base_config is not None:
+        return config.base_config, FLUX2_TOKEN_SIZE
+    base = config.base
     try:
-        transformer = Flux2Transformer2DModel.load_config(base, subfolder="transformer")
-        vae = AutoencoderKLFlux2.load_config(base, subfolder="vae")
+        transformer = TRANSFORMERS[config.architecture].load_config(base, subfolder="transformer")
+        return {k: v for k, v in transformer.items() if k[0] != "_"}, read_token_size(base, transformer)
     except OSError as error:
-        raise SystemExit(f"error: no base at {base}: give its folder, or its sizes as base_config\n{error}") from error
-    return {k: v for k, v in transformer.items() if k[0] != "_"}, 2 ** len(vae["block_out_channels"])
+        if config.base_settings is None:
+            raise SystemExit(
+                f"error: no base at {base}: give its folder, or its sizes as base_config\n{error}"
+            ) from error
+    try:
+        settings = OmegaConf.to_object(OmegaConf.load(config.base_settings))
+        return settings["transformer"], read_token_size(settings["vae"], settings["transformer"])
+    except (OSError, KeyError) as error:
+        raise SystemExit(
+            f"error: base_settings {config.base_settings} is no settings file of a pre-training: {error!r}"
+        ) from error
 
 
-def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel:
+def read_token_size(vae: str, transformer: dict) -> int:
+    """Pixels along a token's side, of the VAE of a `PretrainConfig`; FLUX.2's is known without its files."""
+    if not Path(vae).is_dir() and transformer.get("in_channels") == FLUX2_CHANNELS:
+        return FLUX2_TOKEN_SIZE
+    subfolder = None if (Path(vae) / "config.json").is_file() else "vae"
+    try:
+        return 2 ** len(AutoencoderKLFlux2.load_config(vae, subfolder=subfolder)["block_out_channels"])
+    except OSError as error:
+        raise SystemExit(f"error: no VAE at {vae}: {error}") from error
+
+
+def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel | ModalityForcingDiTTransformer2DModel:
     """The grafted transformer of a `PostTrainConfig` on the meta device, in the dtype of the base."""
-    base, token_size = read_base(config.base, config.base_config)
+    base, token_size = read_base(config)
     depth = {"depth_channels": token_size**2, "num_depth_decoder_layers": config.num_depth_decoder_layers}
     with torch.device("meta"):
-        model = ModalityForcingFlux2Transformer2DModel(**(depth | base))  # a base that has depth keeps its own
+        has_depth = base.get("depth_channels") is not None  # such a base keeps its own
+        model = TRANSFORMERS[config.architecture](**(base if has_depth else base | depth))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[config.base_dtype])
     return model
@@ -140,13 +167,18 @@ def report(config, model, stacks: list[Stack], token_size: int, text_bytes: int,
     return "\n".join(lines)
 
 
-def report_post_training(config, model: ModalityForcingFlux2Transformer2DModel) -> str:
+def trunk_blocks(transformer) -> int:
+    """Blocks over all tokens, of either architecture."""
+    return transformer.config.num_layers + transformer.config.get("num_single_layers", 0)
+
+
+def report_post_training(config, model) -> str:
     """Report of a `PostTrainConfig`; what of the `empty_transformer` trains is chosen already."""
     c, token_size = model.config, round(model.config.depth_channels**0.5)
     images, width = config.cache.pixels // token_size**2, model.inner_dim
     tokens = config.max_sequence_length + 2 * images
     stacks = [
-        (c.num_layers + c.num_single_layers, tokens, width, c.mlp_ratio),
+        (trunk_blocks(model), tokens, width, c.mlp_ratio),
         (c.num_depth_decoder_layers, images, width, c.mlp_ratio),
     ]
     dtype = DTYPES[config.base_dtype]
@@ -158,11 +190,12 @@ def report_post_training(config, model: ModalityForcingFlux2Transformer2DModel) 
 
 def report_pretraining(config, model, token_size: int) -> str:
     """Report of a `PretrainConfig` and its model on the meta device."""
-    c, text = model.transformer.config, model.text_encoder.config
-    tokens = config.max_sequence_length + config.cache.pixels // token_size**2
-    ratio = text.intermediate_size / text.hidden_size
-    stacks = [
-        (c.num_layers + c.num_single_layers, tokens, model.transformer.inner_dim, c.mlp_ratio),
-        (text.num_hidden_layers, config.max_sequence_length, text.hidden_size, ratio),
-    ]
-    return report(config, model, stacks, token_size, text_bytes=0)
+    transformer, length = model.transformer, config.max_sequence_length
+    tokens = length + config.cache.pixels // token_size**2
+    stacks = [(trunk_blocks(transformer), tokens, transformer.inner_dim, transformer.config.mlp_ratio)]
+    text_bytes = length * transformer.config.joint_attention_dim * DTYPES[config.trainer.mixed_precision].itemsize
+    if model.tokenizer is not None:
+        text = model.text_encoder.config
+        mlp_width = text.d_ff if config.architecture == "dit" else text.intermediate_size
+        stacks.append((text.num_hidden_layers, length, text.hidden_size, mlp_width / text.hidden_size))
+    return report(config, model, stacks, token_size, text_bytes)

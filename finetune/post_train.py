@@ -25,11 +25,11 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 from finetune.cache import CacheConfig, prepare_samples
 from finetune.config import load_config, save_config, take_flag
 from finetune.data import build_source
-from finetune.dry_run import DTYPES, empty_transformer, report_post_training
+from finetune.dry_run import DTYPES, TRANSFORMERS, empty_transformer, report_post_training
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.trainer import Trainer, TrainerConfig, join_processes
+from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
-from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
+from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, save_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 from mf_diffusers.modality_forcing.text_features import encode_text
@@ -41,13 +41,15 @@ class PostTrainConfig:
     Args:
         base: pipeline folder or Hub repository. One that has depth already keeps its depth modules, depth processor and
             text settings, whatever is said of them here.
-        base_config: constructor arguments of its `Flux2Transformer2DModel`, for a dry run without the base; its tokens
-            are taken to be FLUX.2's, of 16x16 pixels.
+        architecture: of the base's transformer, "flux2" or "dit", the from-scratch family.
+        base_config: constructor arguments of the transformer, for a dry run without the base; its tokens are taken to
+            be FLUX.2's, of 16x16 pixels.
+        base_settings: settings file of its pre-training, which serves a dry run before that is done.
         base_dtype: "fp32" or "bf16": of the weights that stay frozen, the teacher and the text encoder. Weights in
             training are float32 either way.
         mode: "full", as the paper with FLUX.2: everything trains but the base's weights of the double-stream blocks;
-            "all": these too, as with the paper's from-scratch models; or "lora": a LoRA on the trunk, and the new depth
-            modules.
+            "all": these too, as with the paper's from-scratch models, for which there is no other; or "lora": a LoRA on
+            the trunk, and the new depth modules.
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
         depth_processor: arguments of the `DepthProcessor` besides the patch size, `infinite_depth` for example.
@@ -57,7 +59,9 @@ class PostTrainConfig:
     """
 
     base: str = "black-forest-labs/FLUX.2-klein-base-4B"
+    architecture: str = "flux2"
     base_config: dict[str, Any] | None = None
+    base_settings: str | None = None
     base_dtype: str = "fp32"
     mode: str = "full"
     lora_rank: int = 64
@@ -83,13 +87,17 @@ def check(config: PostTrainConfig) -> None:
     """Stops at settings that do not go together."""
     if config.mode not in ("full", "all", "lora"):
         raise SystemExit(f"error: mode {config.mode!r} is none of full, all, lora")
+    if config.architecture not in TRANSFORMERS:
+        raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(TRANSFORMERS)}")
+    if config.architecture == "dit" and config.mode != "all":
+        raise SystemExit(f"error: mode {config.mode!r} is for FLUX.2's blocks: architecture=dit trains with mode=all")
     if config.base_dtype not in DTYPES:
         raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":
         raise SystemExit("error: base_dtype=bf16 needs trainer.mixed_precision=bf16, which computes in bfloat16")
 
 
-def choose_trainable(transformer: ModalityForcingFlux2Transformer2DModel, config: PostTrainConfig) -> None:
+def choose_trainable(transformer: torch.nn.Module, config: PostTrainConfig) -> None:
     """Freezes what `PostTrainConfig.mode` says is frozen; the rest is float32 from here on."""
     if config.mode == "lora":
         transformer.requires_grad_(False)
@@ -111,6 +119,9 @@ def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.n
     base = DiffusionPipeline.from_pretrained(
         config.base, dtype={"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
     )
+    is_dit = isinstance(base.transformer, TRANSFORMERS["dit"])
+    if is_dit != (config.architecture == "dit"):
+        raise SystemExit(f"error: {config.base} is of architecture {'dit' if is_dit else 'flux2'}: set it so")
     if isinstance(base, ModalityForcingPipeline) and base.has_depth:
         base.register_to_config(default_sample_size=config.sample_size)
         return base, deepcopy(base.transformer)
@@ -155,6 +166,23 @@ def micro_batch_losses(config, trainer, batch: EncodedBatch, generators, empty_e
     )
 
 
+def save_result(config: PostTrainConfig, pipe: ModalityForcingPipeline, folder: Path) -> None:
+    """Writes the pipeline into `folder`, and in "lora" mode the adapter beside it; afterwards the LoRA is merged."""
+    if config.mode == "lora":
+        save_adapter(pipe.transformer, folder.parent / "adapter.safetensors", config.base)
+        pipe.transformer.fuse_lora()
+        pipe.transformer.unload_lora()
+    pipe.save_pretrained(folder)
+
+
+def consolidate(config: PostTrainConfig, checkpoint: Path, folder: Path) -> None:
+    """Writes the pipeline of a checkpoint of a run with these settings."""
+    pipe, _ = open_base(config)
+    choose_trainable(pipe.transformer, config)
+    load_result(pipe.transformer, checkpoint)
+    save_result(config, pipe, folder)
+
+
 def main():
     is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
@@ -197,7 +225,8 @@ def main():
     teacher = make_teacher(config, pipe.transformer, base, device)
     del base  # frees it, where it is not the teacher
     trainer = Trainer(config.trainer, pipe.transformer)
-    save_config(config, trainer.folder / "config.yaml")
+    if trainer.accelerator.is_main_process:
+        save_config(config, trainer.folder / "config.yaml")
 
     stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
@@ -216,12 +245,11 @@ def main():
                 pipe.text_encoder.to("cpu")
 
     if trainer.accelerator.is_main_process:
-        with trainer.averaged_weights():
-            if config.mode == "lora":
-                save_adapter(pipe.transformer, trainer.folder / "adapter.safetensors", config.base)
-                pipe.transformer.fuse_lora()
-                pipe.transformer.unload_lora()
-            pipe.save_pretrained(trainer.folder / "pipeline")
+        if trainer.is_sharded:
+            consolidate(config, trainer.last_checkpoint, trainer.folder / "pipeline")
+        else:
+            with trainer.averaged_weights():
+                save_result(config, pipe, trainer.folder / "pipeline")
     trainer.finish(samples.report)
 
 

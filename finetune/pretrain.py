@@ -1,16 +1,17 @@
-"""Text-to-image pre-training of a small FLUX.2-architecture base, from nothing.
+"""Text-to-image pre-training of a base from nothing: a small one of FLUX.2's architecture, or the from-scratch family.
 
     accelerate launch finetune/pretrain.py --config finetune/configs/embedded_base.yaml [--dry-run] [key=value ...]
 
 `--dry-run` prints parameters, memory, data and the size of the cache, and stops.
 
-Transformer and text encoder train together on captioned images; the VAE is given and frozen. The result is a
-`Flux2KleinPipeline` folder, onto which finetune/post_train.py grafts depth.
+The transformer trains on captioned images, and with it the text encoder unless a pretrained one is given, which stays
+frozen; the VAE is given and frozen. The result is a pipeline folder, onto which finetune/post_train.py grafts depth: a
+`Flux2KleinPipeline`, or a `ModalityForcingPipeline` without depth.
 """
 
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
@@ -26,17 +36,19 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 from finetune.cache import CacheConfig, prepare_samples
 from finetune.config import load_config, save_config, take_flag
 from finetune.data import ReadReport, Source, build_source
-from finetune.dry_run import report_pretraining
+from finetune.dry_run import DTYPES, read_token_size, report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.trainer import Trainer, TrainerConfig, join_processes
+from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
-from mf_diffusers import DepthProcessor
+from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
 from mf_diffusers.modality_forcing.text_features import encode_text
 from mf_diffusers.visualization import contact_sheet
 
 
+TRANSFORMERS = {"flux2": Flux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
+TEXT_ENCODERS = {"flux2": (Qwen3ForCausalLM, Qwen3Config), "dit": (UMT5EncoderModel, UMT5Config)}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -45,11 +57,15 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 class PretrainConfig:
     """
     Args:
-        vae: folder of a trained `AutoencoderKLFlux2`.
-        transformer: constructor arguments of `Flux2Transformer2DModel`.
-        text_encoder: arguments of `Qwen3Config`.
-        text_encoder_out_layers, max_sequence_length: which hidden layers are the text features, and their length.
-        vocabulary_size: of the tokenizer, trained on the captions of the first `cache.samples` samples, 5000 at most.
+        architecture: "flux2", with a Qwen3 text encoder, or "dit", the from-scratch family, with a UMT5 encoder.
+        vae: folder of a trained `AutoencoderKLFlux2`; or a pipeline, folder or Hub repository, that has one.
+        transformer: constructor arguments of `Flux2Transformer2DModel` or `ModalityForcingDiTTransformer2DModel`.
+        text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along.
+        pretrained_text_encoder: folder or Hub repository of one that is frozen, with its tokenizer, in place of that.
+            Only safetensors are read; in the dtype that is computed in.
+        text_encoder_out_layers, max_sequence_length: which hidden layers of Qwen3 are the text features (of UMT5 it is
+            the last), and their length.
+        vocabulary_size: of a new tokenizer, trained on the captions of the first `cache.samples` samples, 5000 at most.
         mu, sigma: of the logit-normal noise levels.
         caption_dropout: share of empty prompts, which guidance needs.
         validation_data: held-out samples; without them, validation takes the first of `data`.
@@ -57,9 +73,11 @@ class PretrainConfig:
         flip: mirror half of the samples, but none whose caption says left or right; needs `cache.folder: null`.
     """
 
+    architecture: str = "flux2"
     vae: str = "outputs/embedded/vae"
     transformer: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
+    pretrained_text_encoder: str | None = None
     text_encoder_out_layers: list[int] = field(default_factory=lambda: [1, 2, 3])
     max_sequence_length: int = 40
     vocabulary_size: int = 400
@@ -74,7 +92,15 @@ class PretrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-def train_tokenizer(captions: list[str], vocabulary_size: int) -> Qwen2TokenizerFast:
+def check(config: PretrainConfig) -> None:
+    """Stops at settings that do not go together."""
+    if config.architecture not in TRANSFORMERS:
+        raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(TRANSFORMERS)}")
+    if config.text_encoder and config.pretrained_text_encoder:
+        raise SystemExit("error: text_encoder is one that trains along, pretrained_text_encoder a frozen one: give one")
+
+
+def train_bpe(captions: list[str], vocabulary_size: int) -> Qwen2TokenizerFast:
     """A byte-level BPE tokenizer of Qwen's kind, trained on `captions`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -95,26 +121,73 @@ def train_tokenizer(captions: list[str], vocabulary_size: int) -> Qwen2Tokenizer
     )
 
 
-class TextToImage(torch.nn.Module):
-    """Transformer and text encoder as the one module that trains: noisy latents and prompts in, velocity out."""
+def train_unigram(captions: list[str], vocabulary_size: int) -> T5TokenizerFast:
+    """
+    A Unigram tokenizer of T5's kind: the most frequent words of `captions` whole, by their log-frequency, and whatever
+    else by characters. Counted, because `UnigramTrainer` makes another vocabulary every time, and processes and runs
+    that go on need the same.
+    """
+    split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    counts = Counter(word for caption in captions for word, _ in split.pre_tokenize_str(caption) if len(word) > 1)
+    start = ["<pad>", "</s>", "<unk>", "▁"]  # where T5's tokenizer looks for them
+    characters = [chr(code) for code in range(33, 127)]
+    words = counts.most_common(vocabulary_size - len(start) - len(characters))
+    scores = [(word, math.log(count / counts.total())) for word, count in words]
+    rare = -math.log(counts.total()) - 1
+    return T5TokenizerFast(vocab=[*((piece, rare) for piece in [*start, *characters]), *scores], extra_ids=0)
 
-    def __init__(self, config: PretrainConfig, tokenizer: Qwen2TokenizerFast):
+
+TOKENIZERS = {"flux2": train_bpe, "dit": train_unigram}
+
+
+def open_vae(vae: str) -> AutoencoderKLFlux2:
+    """See `PretrainConfig.vae`."""
+    subfolder = None if (Path(vae) / "config.json").is_file() else "vae"
+    try:
+        return AutoencoderKLFlux2.from_pretrained(vae, subfolder=subfolder).requires_grad_(False).eval()
+    except OSError as error:
+        raise SystemExit(f"error: no VAE at {vae}: {error}") from error
+
+
+def open_text_encoder(config: PretrainConfig) -> tuple[PreTrainedModel, Qwen2TokenizerFast | T5TokenizerFast]:
+    """The frozen text encoder and its tokenizer, from a folder, or the two folders of a pipeline."""
+    path, model_class = config.pretrained_text_encoder, TEXT_ENCODERS[config.architecture][0]
+    is_pipeline = (Path(path) / "text_encoder").is_dir()
+    folders = ({"subfolder": "text_encoder"}, {"subfolder": "tokenizer"}) if is_pipeline else ({}, {})
+    try:
+        text_encoder = model_class.from_pretrained(
+            path, dtype=DTYPES[config.trainer.mixed_precision], use_safetensors=True, **folders[0]
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **folders[1])
+    except OSError as error:
+        raise SystemExit(f"error: no text encoder with its tokenizer at {path}: {error}") from error
+    return text_encoder.requires_grad_(False).eval(), tokenizer
+
+
+class TextToImage(torch.nn.Module):
+    """
+    What trains, as one module: the transformer, and the text encoder unless it is a pretrained one. Noisy latents
+    and text in, velocity out.
+
+    Args:
+        tokenizer: of the text encoder that trains; None where the text comes as features.
+    """
+
+    def __init__(self, config: PretrainConfig, tokenizer: Qwen2TokenizerFast | T5TokenizerFast | None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.transformer = Flux2Transformer2DModel(**config.transformer)
-        self.text_encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **config.text_encoder))
+        self.transformer = TRANSFORMERS[config.architecture](**config.transformer)
+        if tokenizer is not None:
+            model_class, config_class = TEXT_ENCODERS[config.architecture]
+            self.text_encoder = model_class(config_class(vocab_size=len(tokenizer), **config.text_encoder))
 
     def forward(
-        self, noisy: torch.Tensor, timestep: torch.Tensor, img_ids: torch.Tensor, prompts: list[str]
+        self, noisy: torch.Tensor, timestep: torch.Tensor, img_ids: torch.Tensor, text: list[str] | torch.Tensor
     ) -> torch.Tensor:
-        prompt_embeds = encode_text(
-            self.text_encoder,
-            self.tokenizer,
-            prompts,
-            self.config.text_encoder_out_layers,
-            self.config.max_sequence_length,
-            noisy.device,
-        )
+        prompt_embeds = text
+        if self.tokenizer is not None:
+            layers, length = self.config.text_encoder_out_layers, self.config.max_sequence_length
+            prompt_embeds = encode_text(self.text_encoder, self.tokenizer, text, layers, length, noisy.device)
         return self.transformer(
             hidden_states=noisy,
             encoder_hidden_states=prompt_embeds,
@@ -125,11 +198,11 @@ class TextToImage(torch.nn.Module):
         )[0]
 
 
-def squared_error(model, batch: EncodedBatch, timestep, noise, prompts: list[str], token_size: int) -> torch.Tensor:
-    """Of the velocity (B, N, C), at noise levels (B,), for RGB noise (B, N, C)."""
+def squared_error(model, batch: EncodedBatch, timestep, noise, text, token_size: int) -> torch.Tensor:
+    """Of the velocity (B, N, C), at noise levels (B,), for RGB noise (B, N, C) and B prompts or their features."""
     latents, height, width = batch.latents.to(noise.device), *batch.depth.shape[-2:]
     img_ids = position_ids(rows=height // token_size, columns=width // token_size).to(noise.device)
-    velocity = model(add_noise(latents, noise, timestep), timestep, img_ids, prompts)
+    velocity = model(add_noise(latents, noise, timestep), timestep, img_ids, text)
     return (velocity.float() - (noise - latents)).square()
 
 
@@ -137,32 +210,63 @@ def draw_noise(batch: EncodedBatch, generators: list[torch.Generator], device) -
     return torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in generators]).to(device)
 
 
-def micro_batch_loss(config: PretrainConfig, model, batch: EncodedBatch, generators, token_size: int, device):
+def micro_batch_loss(config: PretrainConfig, model, batch: EncodedBatch, generators, empty_embeds, token_size, device):
     """Velocity loss of a micro batch; what is random about a sample comes from its generator."""
     timestep = torch.stack([sample_logit_normal((), config.mu, config.sigma, g) for g in generators]).to(device)
     noise = draw_noise(batch, generators, device)
-    prompts = [
-        "" if torch.rand((), generator=g) < config.caption_dropout else caption
-        for g, caption in zip(generators, batch.captions)
-    ]
-    return squared_error(model, batch, timestep, noise, prompts, token_size).mean()
+    dropped = [bool(torch.rand((), generator=g) < config.caption_dropout) for g in generators]
+    if batch.prompt_embeds is None:
+        text = ["" if drop else caption for drop, caption in zip(dropped, batch.captions)]
+    else:
+        drop = torch.tensor(dropped, device=device)[:, None, None]
+        text = torch.where(drop, empty_embeds, batch.prompt_embeds.to(device))
+    return squared_error(model, batch, timestep, noise, text, token_size).mean()
 
 
-def make_pipeline(config: PretrainConfig, model: TextToImage, vae: AutoencoderKLFlux2) -> Flux2KleinPipeline:
-    pipe = Flux2KleinPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(config.mu)),
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
-        transformer=model.transformer,
-    )
+def make_pipeline(
+    config: PretrainConfig, model: TextToImage, vae: AutoencoderKLFlux2, text_encoder, tokenizer
+) -> Flux2KleinPipeline | ModalityForcingPipeline:
+    components = {
+        "transformer": model.transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=math.exp(config.mu)),
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+    }
+    if config.architecture == "flux2":
+        pipe = Flux2KleinPipeline(**components)
+    else:
+        pipe = ModalityForcingPipeline(
+            **components,
+            depth_scheduler=None,
+            depth_processor=None,
+            max_sequence_length=config.max_sequence_length,
+            default_sample_size=round(config.cache.pixels**0.5),
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def picture_grid(config: PretrainConfig, pipe: Flux2KleinPipeline, captions: list[str], token_size: int):
+def consolidate(config: PretrainConfig, checkpoint: Path, folder: Path) -> None:
+    """Writes the pipeline of a checkpoint of a run with these settings."""
+    if config.pretrained_text_encoder is None:
+        tokenizer = AutoTokenizer.from_pretrained(Path(config.trainer.output) / "tokenizer")
+        model = TextToImage(config, tokenizer)
+        text_encoder = model.text_encoder
+    else:
+        model = TextToImage(config, None)
+        text_encoder, tokenizer = open_text_encoder(config)
+    load_result(model, checkpoint)
+    make_pipeline(config, model, open_vae(config.vae), text_encoder, tokenizer).save_pretrained(folder)
+
+
+def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: int):
     """Square pictures of captions, in two rows."""
     side = round(config.cache.pixels**0.5 / token_size) * token_size
+    text = {
+        "max_sequence_length": config.max_sequence_length,
+        "text_encoder_out_layers": config.text_encoder_out_layers,
+    }
     images = pipe(
         prompt=captions,
         height=side,
@@ -170,8 +274,7 @@ def picture_grid(config: PretrainConfig, pipe: Flux2KleinPipeline, captions: lis
         num_inference_steps=30,
         guidance_scale=3.0,
         generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
-        max_sequence_length=config.max_sequence_length,
-        text_encoder_out_layers=config.text_encoder_out_layers,
+        **(text if config.architecture == "flux2" else {}),  # the other pipeline knows its text settings
     ).images
     half = len(images) // 2
     return contact_sheet([images[:half], images[half:]], cell=max(side, 96))
@@ -179,13 +282,14 @@ def picture_grid(config: PretrainConfig, pipe: Flux2KleinPipeline, captions: lis
 
 def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage, encoder: Encoder, source: Source):
     """Logs losses of held-out samples by level, and writes pictures of the captions of some."""
-    if not trainer.accelerator.is_main_process:
+    if not trainer.validates:
         return
 
     def losses_at(batch, generators, level):
         noise = draw_noise(batch, generators, trainer.device)
         timestep = torch.full((len(generators),), level, device=trainer.device)
-        error = squared_error(model, batch, timestep, noise, batch.captions, encoder.token_size)
+        text = batch.captions if batch.prompt_embeds is None else batch.prompt_embeds.to(trainer.device)
+        error = squared_error(model, batch, timestep, noise, text, encoder.token_size)
         return {"rgb": error.mean(dim=(1, 2))}
 
     report, losses = ReadReport(), defaultdict(list)
@@ -195,47 +299,81 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
     log_validation(trainer, losses, {})
     captions = [sample["caption"] for sample in source.read(list(range(12)), report)]
     sheet = picture_grid(config, pipe, captions, encoder.token_size)
-    sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
+    if trainer.accelerator.is_main_process:
+        sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
 
 
 def main():
     is_dry_run = take_flag("--dry-run")
     config = load_config(PretrainConfig)
+    check(config)
+    is_frozen = config.pretrained_text_encoder is not None
     if is_dry_run:
-        try:
-            token_size = 2 ** len(AutoencoderKLFlux2.load_config(config.vae)["block_out_channels"])
-        except OSError as error:
-            raise SystemExit(f"error: no VAE at {config.vae}: {error}") from error
-        with torch.device("meta"):
-            model = TextToImage(config, range(config.vocabulary_size))  # of a tokenizer, its length is what counts
+        token_size = read_token_size(config.vae, config.transformer)
+        with torch.device("meta"):  # of a tokenizer, its length is what counts
+            model = TextToImage(config, None if is_frozen else range(config.vocabulary_size))
         print(report_pretraining(config, model, token_size))
         return
     torch.manual_seed(config.trainer.seed)
-    vae = AutoencoderKLFlux2.from_pretrained(config.vae).requires_grad_(False).eval().to(join_processes().device)
-    encoder = Encoder(vae, DepthProcessor(patch_size=2 ** len(vae.config.block_out_channels)))
-    samples = prepare_samples(config, {}, encoder)
-    captions = samples.captions(min(config.cache.samples, 5000))
-    model = TextToImage(config, train_tokenizer(captions, config.vocabulary_size))
+    device = join_processes().device
+    vae = open_vae(config.vae).to(device)
+    text = {"out_layers": config.text_encoder_out_layers, "max_sequence_length": config.max_sequence_length}
+    encode = None
+    if is_frozen:
+        text_encoder, tokenizer = open_text_encoder(config)
+        text_encoder.to(device)
+
+        def encode(prompts: list[str]) -> torch.Tensor:
+            return encode_text(text_encoder, tokenizer, prompts, **text)
+
+    encoder = Encoder(vae, DepthProcessor(patch_size=2 ** len(vae.config.block_out_channels)), encode)
+    encoders = text | {"text_encoder": config.pretrained_text_encoder, "dtype": config.trainer.mixed_precision}
+    samples = prepare_samples(config, encoders if is_frozen else {}, encoder)
+    if is_frozen:
+        model = TextToImage(config, None)
+        with torch.no_grad():
+            empty_embeds = encode([""])
+    else:
+        captions = samples.captions(min(config.cache.samples, 5000))
+        tokenizer = TOKENIZERS[config.architecture](captions, config.vocabulary_size)
+        model = TextToImage(config, tokenizer)
+        text_encoder, empty_embeds = model.text_encoder, None
+    pipe = make_pipeline(config, model, vae, text_encoder, tokenizer)
+    is_text_cached = is_frozen and config.cache.folder is not None
+    if is_text_cached:
+        text_encoder.to("cpu")  # needed again in validation only
+    if config.trainer.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
     trainer = Trainer(config.trainer, model)
-    save_config(config, trainer.folder / "config.yaml")
-    pipe = make_pipeline(config, model, vae)
+    if trainer.accelerator.is_main_process:
+        save_config(config, trainer.folder / "config.yaml")
+        tokenizer.save_pretrained(trainer.folder / "tokenizer")
     held_out = build_source(config.validation_data or config.data)
 
     stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
         total = 0.0
         for batch, generators, weight in trainer.micro_batches(stream):
-            loss = micro_batch_loss(config, trainer.prepared, batch, generators, encoder.token_size, trainer.device)
+            loss = micro_batch_loss(
+                config, trainer.prepared, batch, generators, empty_embeds, encoder.token_size, trainer.device
+            )
             trainer.accelerator.backward(loss * weight)
             total += loss.detach() * weight
         trainer.update({"loss": total})
         if trainer.is_time_to_validate:
+            text_encoder.to(trainer.device)
             with trainer.averaged_weights():
                 validate(config, trainer, pipe, model, encoder, held_out)
+            if is_text_cached:
+                text_encoder.to("cpu")
 
-    with trainer.averaged_weights():
+    if trainer.is_sharded:
         if trainer.accelerator.is_main_process:
-            pipe.save_pretrained(trainer.folder / "pipeline")
+            consolidate(config, trainer.last_checkpoint, trainer.folder / "pipeline")
+    else:
+        with trainer.averaged_weights():
+            if trainer.accelerator.is_main_process:
+                pipe.save_pretrained(trainer.folder / "pipeline")
     trainer.finish(samples.report)
 
 

@@ -11,15 +11,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
 from finetune.data import ReadReport
 from finetune.encoding import EncodedBatch
-from mf_diffusers.results import place_folder, temporary_folder
+from finetune.sharding import (
+    as_whole,
+    exchange_gradients,
+    is_sharding_asked,
+    own_part,
+    read_tensors,
+    shard,
+    write_tensors,
+)
+from mf_diffusers.results import place_folder
 
 
 @dataclass
@@ -106,16 +115,22 @@ class Trainer:
                 f"error: batch_size {config.batch_size} must be a multiple of micro_batch_size "
                 f"{config.micro_batch_size} times {self.accelerator.num_processes} processes"
             )
-        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        parameters = list(self.named_parameters.values())
-        self.optimizer = make_optimizer(config, parameters)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise SystemExit("error: DeepSpeed is not supported: shard with finetune/accelerate/fsdp2.yaml instead")
+        self.device = self.accelerator.device
+        self.is_sharded = is_sharding_asked()
+        if self.is_sharded and config.optimizer != "adamw":
+            raise SystemExit(f"error: a sharded run needs optimizer=adamw, not {config.optimizer}")
         if config.compile:
             for module in model.modules():
                 if hasattr(module, "compile_repeated_blocks"):
                     module.compile_repeated_blocks()
-        self.prepared = self.accelerator.prepare(model)
-        self.device = self.accelerator.device
-        self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+        if self.is_sharded:
+            shard(model, self.device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+        self.prepared = model if self.is_sharded else self.accelerator.prepare(model)
+        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(config, list(self.named_parameters.values()))
+        self.ema = EMAModel(self.own_parts, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.step = 0
         self.folder = Path(config.output)
         if config.resume and self.checkpoints():
@@ -130,18 +145,31 @@ class Trainer:
         self.running: dict[str, torch.Tensor] = {}
         self.running_steps = 0
 
+    @property
+    def own_parts(self) -> list[torch.Tensor]:
+        """What this process holds of the trainable parameters: all, or its shards."""
+        return [own_part(parameter) for parameter in self.named_parameters.values()]
+
+    @property
+    def validates(self) -> bool:
+        """Whether this process computes in validations. The shards of a model are needed all."""
+        return self.accelerator.is_main_process or self.is_sharded
+
     def micro_batches(self, stream: Iterator[EncodedBatch]) -> Iterator[tuple]:
         """
         This process's share of the next step's batch: for each micro batch the samples, a generator for each, and its
         weight, the part of the share that it is. What generators draw depends on seed, step and position in the batch
-        alone. Processes exchange gradients at the last micro batch; their numbers of micro batches may differ.
+        alone. Processes exchange gradients at the last micro batch.
         """
         share, done = self.config.batch_size // self.accelerator.num_processes, 0
         while done < share:
             batch = next(stream)
             done += len(batch.positions)
             generators = sample_generators(self.config.seed, self.step, batch.positions)
-            with self.accelerator.no_sync(self.prepared) if done < share else nullcontext():
+            if self.is_sharded:
+                exchange_gradients(self.prepared, is_last=done == share)
+            skips = done < share and not self.is_sharded
+            with self.accelerator.no_sync(self.prepared) if skips else nullcontext():
                 yield batch, generators, len(batch.positions) / share
 
     @property
@@ -159,12 +187,13 @@ class Trainer:
         """
         parameters = list(self.named_parameters.values())
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        grad_norm = grad_norm.full_tensor() if self.is_sharded else grad_norm
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.step(parameters)
+            self.ema.step(self.own_parts)
         self.step += 1
 
         for name, value in {**losses, "grad_norm": grad_norm}.items():
@@ -205,64 +234,66 @@ class Trainer:
 
         Raises OSError if it cannot be written, to a full disk for example; those before stay as they are.
         """
-        if self.accelerator.is_main_process:
-            parent = self.folder / "checkpoints"
+        parent, is_main = self.folder / "checkpoints", self.accelerator.is_main_process
+        folder = parent / f".step-{self.step:08}"
+        if is_main:
             for leftover in parent.glob(".*"):  # of a run that was killed while it wrote
                 shutil.rmtree(leftover)
-            try:
-                with temporary_folder(parent) as folder:
-                    self.write_state(folder)
-                    place_folder(folder, parent / f"step-{self.step:08}")
-            except (OSError, SafetensorError) as error:
-                raise OSError(
-                    f"the checkpoint of step {self.step} cannot be written into {parent}: {error}. Make room, and give "
-                    f"the same command again. Last good checkpoint: {self.last_checkpoint}"
-                ) from error
+        try:
+            if is_main:
+                folder.mkdir(parents=True)
+            if self.is_sharded:
+                self.accelerator.wait_for_everyone()
+            if is_main or self.is_sharded:
+                self.write_state(folder)
+            if is_main:
+                place_folder(folder, parent / f"step-{self.step:08}")
+        except (OSError, SafetensorError, CheckpointException) as error:
+            raise OSError(
+                f"the checkpoint of step {self.step} cannot be written into {parent}: {error}. Make room, and give "
+                f"the same command again. Last good checkpoint: {self.last_checkpoint}"
+            ) from error
+        finally:
+            if is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+        if is_main:
             for old in self.checkpoints()[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def write_state(self, folder: Path) -> None:
-        """The files of a checkpoint."""
-        weights = {name: p.detach().cpu() for name, p in self.named_parameters.items()}
-        save_file(weights, folder / "weights.safetensors")
-        save_file(self.optimizer_tensors(), folder / "optimizer.safetensors")
+        """The files of a checkpoint; of a sharded one, each process writes its part."""
+        write_tensors(folder / "weights", {name: p.detach() for name, p in self.named_parameters.items()})
+        write_tensors(folder / "optimizer", self.optimizer_tensors())
         state = {"step": self.step, "samples": self.step * self.config.batch_size}
         state["processes"] = self.accelerator.num_processes
         if self.ema:
-            averaged = zip(self.named_parameters, self.ema.shadow_params)
-            save_file({name: p.cpu().clone() for name, p in averaged}, folder / "ema.safetensors")
+            averaged = zip(self.named_parameters.items(), self.ema.shadow_params)
+            write_tensors(folder / "ema", {name: as_whole(part, parameter) for (name, parameter), part in averaged})
             state["ema_steps"] = self.ema.optimization_step
-        (folder / "state.json").write_text(json.dumps(state))
+        if self.accelerator.is_main_process:
+            (folder / "state.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Takes up the state of a checkpoint.
+        """Takes up the state of a checkpoint, of any number of processes.
 
         Raises:
             ValueError: it belongs to another architecture; the message names a parameter.
         """
         state = json.loads((folder / "state.json").read_text())
-        weights = load_file(folder / "weights.safetensors")
-        for name, parameter in self.named_parameters.items():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{folder} is a checkpoint of another model: its {name} is "
-                    f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(parameter.shape)}. "
-                    "Choose another output folder, or resume=false."
-                )
-            parameter.data.copy_(weights[name])
-        self.load_optimizer_tensors(load_file(folder / "optimizer.safetensors"))
+        load_weights(self.named_parameters, folder, "weights")
+        self.load_optimizer_tensors(read_tensors(folder / "optimizer", self.named_parameters))
         if self.ema:
-            averaged = load_file(folder / "ema.safetensors")
-            for name, parameter in zip(self.named_parameters, self.ema.shadow_params):
-                parameter.copy_(averaged[name])
+            averaged = read_tensors(folder / "ema", self.named_parameters)
+            for name, part in zip(self.named_parameters, self.ema.shadow_params):
+                part.copy_(own_part(averaged[name]).detach())
             self.ema.optimization_step = state["ema_steps"]
         self.step = state["step"]
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimiser's state, each tensor in memory of its own. Plain counts become integers without a dimension."""
+        """The optimiser's state. Plain counts become integers without a dimension."""
         return {
-            f"{name}|{key}": torch.as_tensor(value).detach().to("cpu", copy=True)
+            f"{name}|{key}": torch.as_tensor(value)
             for name, parameter in self.named_parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
@@ -280,7 +311,7 @@ class Trainer:
         if self.ema is None:
             yield
             return
-        parameters = list(self.named_parameters.values())
+        parameters = self.own_parts
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         try:
@@ -294,6 +325,30 @@ class Trainer:
         if report.failures and self.accelerator.is_main_process:
             print(report)
         self.accelerator.end_training()
+
+
+def load_weights(named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path, kind: str) -> None:
+    """Fills parameters with the "weights" of a checkpoint, or with their averages, "ema".
+
+    Raises:
+        ValueError: it is a checkpoint of another architecture; the message names a parameter.
+    """
+    weights = read_tensors(checkpoint / kind, named_parameters)
+    for name, parameter in named_parameters.items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"{checkpoint} is a checkpoint of another model: its {name} is "
+                f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(parameter.shape)}. "
+                "Choose another output folder, or resume=false."
+            )
+        parameter.detach().copy_(weights[name])
+
+
+def load_result(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Fills the trainable parameters of a whole model with the averages of a checkpoint, or where it has none with the
+    weights. Raises ValueError as `load_weights` does."""
+    kind = "ema" if "ema_steps" in json.loads((checkpoint / "state.json").read_text()) else "weights"
+    load_weights({name: p for name, p in model.named_parameters() if p.requires_grad}, checkpoint, kind)
 
 
 def make_optimizer(config: TrainerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

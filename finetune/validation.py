@@ -96,7 +96,8 @@ def log_validation(trainer, losses: dict[tuple[str, float], list[float]], metric
     shown.append("losses at t = " + " ".join(map(str, LEVELS)))
     for name in dict.fromkeys(name for name, _ in means):
         shown.append(" ".join([name, *(f"{means[name, level]:.4g}" for level in LEVELS)]))
-    trainer.progress_bar.write(f"step {trainer.step}: {', '.join(shown)}")
+    if trainer.accelerator.is_main_process:
+        trainer.progress_bar.write(f"step {trainer.step}: {', '.join(shown)}")
 
 
 def picture_grid(
@@ -137,7 +138,7 @@ def picture_grid(
 def validate(pipe: ModalityForcingPipeline, source: Source, trainer, encoder: Encoder, config) -> None:
     """Logs losses by level, both modalities at the same one, and depth metrics; writes the picture grid into the run's
     folder. `config` is a `PostTrainConfig`."""
-    if not trainer.accelerator.is_main_process:
+    if not trainer.validates:
         return
 
     def losses_at(batch, generators, level):
@@ -157,9 +158,11 @@ def validate(pipe: ModalityForcingPipeline, source: Source, trainer, encoder: En
             found[key] += values
         rows += depth_rows(pipe, *batch)
     size = processing_size(*source.size(0), config.cache.pixels, encoder.token_size)
-    picture_grid(pipe, source, size).save(trainer.folder / f"validation-{trainer.step:08}.png")
+    sheet = picture_grid(pipe, source, size)
+    if trainer.accelerator.is_main_process:
+        sheet.save(trainer.folder / f"validation-{trainer.step:08}.png")
     pipe.transformer.train()
 
     log_validation(trainer, found, mean_metrics(rows) if rows else {})
-    if report.failures:
+    if report.failures and trainer.accelerator.is_main_process:
         trainer.progress_bar.write(str(report))

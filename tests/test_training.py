@@ -310,7 +310,7 @@ def test_compiled_blocks_train_alike_and_resume(base, cache, tmp_path, monkeypat
         (["trainer.optimizer=sgd"], "none of adamw, adamw8bit"),
         (["trainer.mixed_precision=fp16"], "neither fp32 nor bf16"),
         (["flip=true"], "flip=true needs cache.folder=null"),
-        (["cache.text=false"], "cache.text must be true in post-training"),
+        (["cache.text=false"], "cache.text must be true where the text encoder is frozen"),
     ],
 )
 def test_wrong_settings(base, cache, tmp_path, monkeypatch, arguments, message):

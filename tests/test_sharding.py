@@ -1,0 +1,185 @@
+"""Sharded runs (FSDP2) on CPU processes: they follow one process, go on in any number, and come together again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_dry_run import fresh_accelerate  # noqa: F401
+from test_training import ROOT, base, cache, command, frames, run, settings, weights  # noqa: F401
+from test_training_dit import TRAINED_ALONG, pretrain_settings, vae  # noqa: F401
+
+from finetune import consolidate, post_train, pretrain
+from finetune.sharding import read_tensors
+from mf_diffusers import ModalityForcingPipeline
+
+
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1"}
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+from PIL import Image
+from finetune import {script}
+if {validates}:
+    {script}.picture_grid = lambda *_: Image.new("RGB", (8, 8))
+else:
+    {script}.validate = lambda *_: None
+{script}.main()
+"""
+
+
+def start(
+    arguments: list[str], folder: Path, processes: int, script: str = "pretrain", validates: bool = False
+) -> subprocess.Popen:
+    """Training in sharded processes; the pictures of validations cost more than these runs do."""
+    path = folder / "driver.py"
+    path.write_text(DRIVER.format(root=str(ROOT), script=script, validates=validates))
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    return subprocess.Popen(
+        command(path, arguments, folder, *launcher), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+
+
+def launch(*args, **kwargs) -> None:
+    process = start(*args, **kwargs)
+    _, errors = process.communicate(timeout=580)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def loss_curve(run_folder: Path) -> dict[int, float]:
+    curve = {}
+    for path in sorted(run_folder.glob("logs/**/events*"), key=lambda path: path.stat().st_mtime):
+        curve |= {event.step: event.value for event in EventAccumulator(str(path)).Reload().Scalars("loss")}
+    return curve
+
+
+def tensors_of(pipeline: Path) -> dict[str, torch.Tensor]:
+    files = sorted(pipeline.rglob("*.safetensors"))
+    return {f"{path.relative_to(pipeline)}:{name}": t for path in files for name, t in load_file(path).items()}
+
+
+def assert_follows(run_folder: Path, other: Path) -> None:
+    """The curves of the losses within 1e-4, and the trained pipelines."""
+    ours, theirs = loss_curve(run_folder), loss_curve(other)
+    assert ours.keys() == theirs.keys() == set(range(1, 7))
+    curve = max(abs(ours[step] - theirs[step]) for step in ours)
+    ours, theirs = tensors_of(run_folder / "pipeline"), tensors_of(other / "pipeline")
+    assert ours.keys() == theirs.keys()
+    distance = max((tensor - theirs[name]).abs().max().item() for name, tensor in ours.items())
+    print(f"{run_folder.name} against {other.name}: losses within {curve:.1e}, weights within {distance:.1e}")
+    assert curve < 1e-4 and distance < 1e-4
+
+
+def arguments_of(vae: Path, output: Path, **trainer) -> list[str]:  # noqa: F811
+    chosen = {"batch_size": 8, "micro_batch_size": 1, "checkpoint_every": 3, "validate_every": 4} | trainer
+    # A new base is idle: gradients of 1e-8 are rounding, which Adam takes for steps of the whole learning rate.
+    chosen["learning_rate"] = 2e-4
+    return [*pretrain_settings(vae, output, TRAINED_ALONG, **chosen), f"cache.folder={output.parent / 'cache'}"]
+
+
+@pytest.fixture(scope="module")
+def one(vae, tmp_path_factory):  # noqa: F811
+    """A run in one process, which is not sharded."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(pretrain, arguments_of(vae, folder / "one"), folder, monkeypatch)
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def runs(vae, one):  # noqa: F811
+    """The folder of that run and of the same in two and four processes, which are sharded."""
+    launch(arguments_of(vae, one.parent / "two"), one.parent, 2, validates=True)
+    launch(arguments_of(vae, one.parent / "four"), one.parent, 4)
+    return one.parent
+
+
+@pytest.mark.parametrize("processes", ["two", "four"])
+def test_sharded_processes_follow_one(runs, processes):
+    assert_follows(runs / processes, runs / "one")
+    state = json.loads((runs / processes / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert state["processes"] == {"two": 2, "four": 4}[processes]
+
+
+def take_up(source: Path, output: Path) -> None:
+    """A run that was stopped after the checkpoint of step 3, moved to another folder."""
+    name = "step-00000003"
+    shutil.copytree(source / "checkpoints" / name, output / "checkpoints" / name)
+    shutil.copytree(source / "logs", output / "logs")
+
+
+def test_a_sharded_run_goes_on_in_one_process(vae, runs, tmp_path, monkeypatch):  # noqa: F811
+    take_up(runs / "four", tmp_path / "one")
+    run(pretrain, arguments_of(vae, tmp_path / "one"), tmp_path, monkeypatch)
+    assert_follows(tmp_path / "one", runs / "one")
+
+
+def test_a_run_of_two_goes_on_in_four(vae, runs, tmp_path):  # noqa: F811
+    take_up(runs / "two", tmp_path / "four")
+    launch(arguments_of(vae, tmp_path / "four"), tmp_path, 4)
+    assert_follows(tmp_path / "four", runs / "one")
+
+
+@pytest.mark.parametrize("processes", ["one", "two", "four"])
+def test_consolidated_bit_by_bit(runs, tmp_path, monkeypatch, processes):
+    def consolidated(checkpoint, folder):
+        monkeypatch.setattr(sys, "argv", ["consolidate.py", str(checkpoint), str(folder)])
+        consolidate.main()
+
+    checkpoint = runs / processes / "checkpoints" / "step-00000006"
+    consolidated(checkpoint, tmp_path / "pipeline")
+    found, written = tensors_of(tmp_path / "pipeline"), tensors_of(runs / processes / "pipeline")
+    assert found.keys() == written.keys() and all(torch.equal(t, written[name]) for name, t in found.items())
+    pipe, averages = (
+        ModalityForcingPipeline.from_pretrained(tmp_path / "pipeline"),
+        read_tensors(checkpoint / "ema", {}),
+    )
+    assert len(averages) > 20
+    for name, average in averages.items():
+        part, name = name.split(".", 1)
+        assert torch.equal(pipe.components[part].state_dict()[name], average)
+    with pytest.raises(SystemExit, match="exists already"):
+        consolidated(checkpoint, tmp_path / "pipeline")
+    with pytest.raises(SystemExit, match="is no checkpoint of a run"):
+        consolidated(tmp_path / "nowhere", tmp_path / "other")
+
+
+def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, one, tmp_path, monkeypatch):  # noqa: F811
+    output = tmp_path / "killed"
+    process = start(arguments_of(vae, output, steps=6, checkpoint_every=1, keep_checkpoints=9), tmp_path, 2)
+    while process.poll() is None and not list(output.glob("checkpoints/step-*[1-9]")):
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL) received" in errors
+    assert not (output / "pipeline").exists()
+    run(pretrain, arguments_of(vae, output), tmp_path, monkeypatch)
+    assert_follows(output, one)
+
+
+def test_post_training_of_flux2_with_frozen_weights_and_samples_of_several_sizes(
+    base,  # noqa: F811
+    cache,  # noqa: F811
+    frames,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """Processes whose samples fall into micro batches of unequal number would wait for one another for ever."""
+
+    def arguments(output):
+        return settings(base, cache, tmp_path / output, frames, steps=4, batch_size=8, max_grad_norm=1e9)
+
+    run(post_train, arguments("one"), tmp_path, monkeypatch)
+    launch(arguments("two"), tmp_path, 2, script="post_train")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5

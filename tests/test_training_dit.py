@@ -1,0 +1,182 @@
+"""The from-scratch family through both training scripts, on a tiny instance and a few procedural scenes."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from test_dry_run import fresh_accelerate  # noqa: F401
+from test_training import SCENES, run, settings, weights
+from test_transformer_dit import TINY, TINY_TEXT_ENCODER, make_t5_tokenizer
+from transformers import UMT5Config, UMT5EncoderModel
+
+from finetune import post_train, pretrain
+from finetune.config import load_config
+from finetune.dry_run import empty_transformer
+from finetune.pretrain import PretrainConfig, train_unigram
+from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
+
+
+CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
+RUNGS = ["dit_2m", "dit_8m", "dit_30m", "dit_100m", "dit_370m", "dit_800m", "dit_3_3b"]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    make_pipeline().vae.save_pretrained(folder)
+    return folder
+
+
+def pretrain_settings(vae, output, text: list[str], **trainer) -> list[str]:
+    return [
+        "architecture=dit",
+        f"vae={vae}",
+        *(f"transformer.{name}={list(v) if isinstance(v, tuple) else v}" for name, v in TINY.items()),
+        "vocabulary_size=200",
+        "max_sequence_length=12",
+        f"data={SCENES}",
+        "validation_samples=4",
+        f"cache={{folder: {output}-cache, samples: 8, pixels: 1024}}",
+        *text,
+        *(a for a in settings("", "", output, **trainer) if a.startswith("trainer.")),
+    ]
+
+
+TRAINED_ALONG = [*(f"text_encoder.{name}={value}" for name, value in TINY_TEXT_ENCODER.items()), "cache.text=false"]
+
+
+def posttrain_settings(base, output, **trainer) -> list[str]:
+    chosen = [a for a in settings(base, f"{output}-cache", output, **trainer) if "text_encoder" not in a]
+    return [*chosen, "architecture=dit", "mode=all", "max_sequence_length=12"]
+
+
+@pytest.fixture(scope="module")
+def base(vae, tmp_path_factory):
+    """A text-to-image base, as pretrain.py leaves it after a few steps."""
+    folder = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(pretrain, pretrain_settings(vae, folder / "run", TRAINED_ALONG), folder, monkeypatch)
+    return folder / "run" / "pipeline"
+
+
+def test_pretrained_and_post_trained(base, tmp_path, monkeypatch):
+    pipe = ModalityForcingPipeline.from_pretrained(base)
+    assert not pipe.has_depth and isinstance(pipe.transformer, ModalityForcingDiTTransformer2DModel)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red ball", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+
+    for output, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        run(post_train, posttrain_settings(base, tmp_path / output, steps=steps), tmp_path, monkeypatch)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    before = pipe.transformer.state_dict()
+    same = [name for name, tensor in before.items() if torch.equal(whole[name], tensor)]
+    assert not same  # nothing is frozen
+    assert whole["depth_head.proj_out.weight"].any()
+    trained = ModalityForcingPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
+    trained.set_progress_bar_config(disable=True)
+    depth = trained(image=np.random.default_rng(0).random((32, 32, 3)), num_inference_steps=2, output_type="np").depth
+    assert depth.shape == (1, 32, 32) and np.isfinite(depth).all()
+
+
+@pytest.mark.parametrize("kind", ["live", "cached"])
+def test_a_frozen_text_encoder(vae, tmp_path, monkeypatch, kind):
+    tokenizer = make_t5_tokenizer()
+    frozen = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TINY_TEXT_ENCODER))
+    frozen.save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    text = [f"pretrained_text_encoder={tmp_path / 'text'}"]
+    if kind == "live":
+        text.append("cache.folder=null")
+    for output, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        arguments = pretrain_settings(vae, tmp_path / output, text, steps=steps, mixed_precision="bf16")
+        run(pretrain, arguments, tmp_path, monkeypatch)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    pipe = ModalityForcingPipeline.from_pretrained(tmp_path / "whole" / "pipeline")
+    for name, tensor in frozen.to(torch.bfloat16).float().state_dict().items():
+        assert torch.equal(pipe.text_encoder.state_dict()[name].float(), tensor), name
+    assert pipe.tokenizer("a ball").input_ids == tokenizer("a ball").input_ids
+
+
+def test_validation_of_the_base(vae, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}")
+    arguments = pretrain_settings(vae, tmp_path / "run", TRAINED_ALONG, steps=1, validate_every=1)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(config), *arguments])
+    pretrain.main()
+    assert (tmp_path / "run" / "samples-00000001.png").is_file()
+    assert "losses at t" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_captions():
+    shapes = ("ball", "cube", "cone")
+    captions = [f"a {colour} {shape}, on the floor" for colour in ("red", "blue") for shape in shapes]
+    tokenizer = train_unigram(captions, 150)
+    assert len(tokenizer) == 4 + 94 + len(["a", "red", "blue", *shapes, "on", "the", "floor"])
+    assert tokenizer.convert_ids_to_tokens(range(4)) == ["<pad>", "</s>", "<unk>", "▁"]
+    assert tokenizer.tokenize("a red cube, odd") == ["▁a", "▁red", "▁cube", ",", "▁", "o", "d", "d"]
+    tokens = tokenizer("a red cube, odd").input_ids
+    assert tokens[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in tokens
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "a red cube, odd"
+    assert len(train_unigram(captions, 100)) == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mode=full"], "architecture=dit trains with mode=all"),
+        (["mode=lora"], "architecture=dit trains with mode=all"),
+        (["architecture=flux2"], "is of architecture dit"),
+        (["architecture=flux3"], "none of flux2, dit"),
+    ],
+)
+def test_wrong_settings_of_post_training(base, tmp_path, monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(post_train, [*posttrain_settings(base, tmp_path / "run"), *arguments], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["architecture=unet"], "none of flux2, dit"),
+        (["pretrained_text_encoder=google/umt5-xxl"], "give one"),
+        (["cache.text=true"], "cache.text must be true where the text encoder is frozen"),
+        (["vae=nowhere/at/all"], "no VAE at nowhere/at/all"),
+    ],
+)
+def test_wrong_settings_of_pretraining(vae, tmp_path, monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        chosen = pretrain_settings(vae, tmp_path / "run", TRAINED_ALONG)
+        run(pretrain, [*chosen, *arguments], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_shipped_settings(rung, vae, tmp_path, monkeypatch, capsys):
+    """Every rung has complete settings for both scripts, which a dry run reports without weights."""
+    path = CONFIGS / f"{rung}.yaml"
+    config = load_config(PretrainConfig, ["--config", str(path)])
+    is_small = config.pretrained_text_encoder is None
+    if is_small:  # its VAE is made by a run before
+        config.vae = str(vae)
+    where = [f"vae={vae}"] if is_small else []
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--dry-run", "--config", str(path), *where])
+    pretrain.main()
+    printed = capsys.readouterr().out
+    assert "in all" in printed and config.trainer.output == f"outputs/{rung}/base"
+
+    settings_file = tmp_path / "base.yaml"
+    settings_file.write_text(path.read_text().replace("outputs/embedded_autoencoder/vae", str(vae)))
+    post = str(CONFIGS / "dit_post_train.yaml")
+    overrides = [f"base=outputs/{rung}/base/pipeline", f"base_settings={settings_file}"]
+    monkeypatch.setattr(sys, "argv", ["post_train.py", "--dry-run", "--config", post, *overrides])
+    post_train.main()
+    assert "in all" in capsys.readouterr().out
+    model = empty_transformer(load_config(post_train.PostTrainConfig, ["--config", post, *overrides]))
+    depth_free = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name)
+    name = rung.removeprefix("dit_").replace("_", ".")
+    size = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+    assert depth_free == pytest.approx(size, rel=0.15 if is_small else 0.03)
