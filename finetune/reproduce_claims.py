@@ -98,7 +98,7 @@ class ClaimsConfig:
     """
 
     model: str = "mf_diffusers/embedded/model"
-    base: str = "outputs/embedded/base/pipeline"
+    base: str = "finetune/embedded_base"
     output: str = "outputs/claims"
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     training: list[str] = field(default_factory=list)
