@@ -124,7 +124,8 @@ def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.n
         raise SystemExit(f"error: {config.base} is of architecture {'dit' if is_dit else 'flux2'}: set it so")
     if isinstance(base, ModalityForcingPipeline) and base.has_depth:
         base.register_to_config(default_sample_size=config.sample_size)
-        return base, deepcopy(base.transformer)
+        has_copy_to_teach = config.distils and config.mode != "lora"  # see `make_teacher`
+        return base, deepcopy(base.transformer) if has_copy_to_teach else base.transformer
     pipe = ModalityForcingPipeline.from_base(
         base,
         num_depth_decoder_layers=config.num_depth_decoder_layers,

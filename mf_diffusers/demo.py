@@ -23,7 +23,7 @@ from mf_diffusers.depth_io import read_depth, read_image
 from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.results import METADATA, place_result, temporary_folder, write_result
-from mf_diffusers.visualization import PERCENTILES, colorize_depth, colorize_error, contact_sheet
+from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
 
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
@@ -35,9 +35,8 @@ PROMPTS = (  # in the words of the embedded model, those of finetune/scenes
 )
 GIVEN_SCENE, NEW_PROMPT = "test-034", "a blue cylinder right of a large red sphere in a room with a wooden floor"
 STRENGTHS = {"loosely": -5, "tightly": -11, "rigidly": None}  # log2_alpha of depth -> image
-DEPTH_STEPS = 1  # the mean of what fits the image; more steps sharpen, and err a little more
+DEPTH_STEPS = 1  # the mean of what fits the image; the embedded model errs more in more steps, see its card
 ERRORS = ("abs_rel", "delta1")
-BRIGHTEST_ERROR = 0.25
 CELL = 224
 
 Scene = namedtuple("Scene", "name caption image depth")  # depth (H, W) in metres, 0 for the sky

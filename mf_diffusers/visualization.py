@@ -13,6 +13,7 @@ from mf_diffusers.modality_forcing.image_processor import as_rgb
 
 MISSING_GRAY = 80
 PERCENTILES = (2, 98)
+BRIGHTEST_ERROR = 0.25  # relative, in the pictures of errors that demo and evaluation make
 INK = (40, 40, 40)
 
 

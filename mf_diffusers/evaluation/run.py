@@ -24,12 +24,11 @@ from mf_diffusers.evaluation.predictors import save_prediction
 from mf_diffusers.evaluation.protocol import FAR_AWAY
 from mf_diffusers.evaluation.report import FAILED, NO_TRUTH, PICTURES, REPORT_FILES, SCORED, make_report, write_report
 from mf_diffusers.files import atomic_write
-from mf_diffusers.visualization import PERCENTILES, colorize_depth, colorize_error, contact_sheet
+from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
 
 
 RUN = "run.json"
 RECORDS, PREDICTIONS = "records", "predictions"
-BRIGHTEST_ERROR = 0.25
 CELL = 320
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others at the end."""
