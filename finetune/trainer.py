@@ -44,6 +44,8 @@ class TrainerConfig:
         optimizer: "adamw", or "adamw8bit" (bitsandbytes, GPU).
         mixed_precision: "fp32" or "bf16"; weights in training stay float32.
         compile: compile the transformer's blocks (torch.compile); needs a C++ compiler.
+        attention: a backend of diffusers' `set_attention_backend`, "_native_math" for example, which is the fastest for
+            short sequences on a CPU; None: diffusers' choice.
         ema_decay: of the averaged weights, which are what is saved; 0 switches averaging off.
         checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
         validate_every: steps between validations.
@@ -66,6 +68,7 @@ class TrainerConfig:
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
+    attention: str | None = None
     ema_decay: float = 0.9999
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -121,6 +124,10 @@ class Trainer:
         self.is_sharded = is_sharding_asked()
         if self.is_sharded and config.optimizer != "adamw":
             raise SystemExit(f"error: a sharded run needs optimizer=adamw, not {config.optimizer}")
+        if config.attention:
+            for module in model.modules():
+                if hasattr(module, "set_attention_backend"):
+                    module.set_attention_backend(config.attention)
         if config.compile:
             for module in model.modules():
                 if hasattr(module, "compile_repeated_blocks"):
