@@ -22,7 +22,7 @@ from peft import LoraConfig
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
-from finetune.cache import CacheConfig, prepare_samples
+from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import load_config, save_config, take_flag
 from finetune.data import build_source
 from finetune.dry_run import DTYPES, TRANSFORMERS, empty_transformer, report_post_training
@@ -211,7 +211,7 @@ def main():
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     encoder = Encoder(pipe.vae, pipe.depth_processor, encode)
-    encoders = text | {"base": config.base} | ({} if config.base_dtype == "fp32" else {"dtype": config.base_dtype})
+    encoders = text | {"text_encoder": weights_hash(pipe.text_encoder)}
     if pipe.depth_processor.config.infinite_depth:
         encoders["infinite_depth"] = True
     samples = prepare_samples(config, encoders, encoder)

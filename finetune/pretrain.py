@@ -33,7 +33,7 @@ from transformers import (
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
-from finetune.cache import CacheConfig, prepare_samples
+from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import load_config, save_config, take_flag
 from finetune.data import ReadReport, Source, build_source
 from finetune.dry_run import DTYPES, read_token_size, report_pretraining
@@ -60,7 +60,7 @@ class PretrainConfig:
         architecture: "flux2", with a Qwen3 text encoder, or "dit", the from-scratch family, with a UMT5 encoder.
         vae: folder of a trained `AutoencoderKLFlux2`; or a pipeline, folder or Hub repository, that has one.
         transformer: constructor arguments of `Flux2Transformer2DModel` or `ModalityForcingDiTTransformer2DModel`.
-        text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along.
+        text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along; or null.
         pretrained_text_encoder: folder or Hub repository of one that is frozen, with its tokenizer, in place of that.
             Only safetensors are read; in the dtype that is computed in.
         text_encoder_out_layers, max_sequence_length: which hidden layers of Qwen3 are the text features (of UMT5 it is
@@ -76,7 +76,7 @@ class PretrainConfig:
     architecture: str = "flux2"
     vae: str = "outputs/embedded/vae"
     transformer: dict[str, Any] = field(default_factory=dict)
-    text_encoder: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] | None = field(default_factory=dict)
     pretrained_text_encoder: str | None = None
     text_encoder_out_layers: list[int] = field(default_factory=lambda: [1, 2, 3])
     max_sequence_length: int = 40
@@ -327,8 +327,8 @@ def main():
             return encode_text(text_encoder, tokenizer, prompts, **text)
 
     encoder = Encoder(vae, DepthProcessor(patch_size=2 ** len(vae.config.block_out_channels)), encode)
-    encoders = text | {"text_encoder": config.pretrained_text_encoder, "dtype": config.trainer.mixed_precision}
-    samples = prepare_samples(config, encoders if is_frozen else {}, encoder)
+    encoders = text | {"text_encoder": weights_hash(text_encoder)} if is_frozen else {}
+    samples = prepare_samples(config, encoders, encoder)
     if is_frozen:
         model = TextToImage(config, None)
         with torch.no_grad():
