@@ -8,10 +8,7 @@ command goes on where it was stopped. `--quick` takes the settings of finetune/c
 numbers that prove no more than that the command runs.
 """
 
-import json
-import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +22,18 @@ sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which t
 
 from finetune.config import load_config, take_flag
 from finetune.data import build_source
-from finetune.validation import image_to_depth_metrics
+from finetune.measurements import (
+    Measurements,
+    image_to_depth,
+    in_one_and_four_steps,
+    load_pipeline,
+    over_seeds,
+    run_script,
+    table_cell,
+)
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
-from mf_diffusers.files import atomic_write
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids
 from mf_diffusers.modality_forcing.noise import add_noise
 
@@ -107,28 +111,6 @@ class ClaimsConfig:
     strengths: list[float] = field(default_factory=lambda: [-5, -8, -11, -14])
 
 
-class Measurements:
-    """Numbers by name in `claims.json`; what is there is not measured again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.numbers = json.loads(path.read_text()) if path.is_file() else {}
-
-    def __call__(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        if name not in self.numbers:
-            self.numbers[name] = measure()
-            with atomic_write(self.path) as temporary:
-                temporary.write_text(json.dumps(self.numbers, indent=2) + "\n")
-            print(name, {key: round(value, 4) for key, value in self.numbers[name].items()}, flush=True)
-        return self.numbers[name]
-
-
-def load(folder: str | Path) -> ModalityForcingPipeline:
-    pipe = ModalityForcingPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def train(config: ClaimsConfig, name: str, seed: int) -> Path:
     """The pipeline of a run, trained unless it is there."""
     folder = Path(config.output) / "runs" / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
@@ -136,8 +118,7 @@ def train(config: ClaimsConfig, name: str, seed: int) -> Path:
         own = [setting.format(output=config.output) for setting in RUNS[name]]
         settings = [f"base={config.base}", *config.training, *own, f"trainer.seed={seed}", f"trainer.output={folder}"]
         print(f"training {name}, seed {seed}", flush=True)
-        script = Path(__file__).with_name("post_train.py")
-        subprocess.run([sys.executable, script, "--config", CONFIGS / "embedded.yaml", *settings], check=True)
+        run_script("post_train.py", "--config", CONFIGS / "embedded.yaml", *settings)
     return folder / "pipeline"
 
 
@@ -154,7 +135,7 @@ def make_random_base(config: ClaimsConfig) -> None:
 def untrained(config: ClaimsConfig) -> ModalityForcingPipeline:
     """The embedded architecture before post-training."""
     torch.manual_seed(0)
-    trained = load(config.model)
+    trained = load_pipeline(config.model)
     names = ("text_encoder_out_layers", "max_sequence_length", "default_sample_size")
     pipe = ModalityForcingPipeline.from_base(
         Flux2KleinPipeline.from_pretrained(config.base),
@@ -171,19 +152,9 @@ def depth_error(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {name: metrics[name] for name in ("abs_rel", "delta1")}
 
 
-def image_to_depth(pipe: ModalityForcingPipeline, source, count: int, **kwargs) -> dict[str, float]:
-    metrics = image_to_depth_metrics(pipe, source, count, **kwargs)
-    return {name: metrics[name] for name in ("abs_rel", "delta1")}
-
-
 def compared(pipe: ModalityForcingPipeline, base, source, count: int) -> dict[str, float]:
     """What is compared of a run."""
-    one_step = image_to_depth(pipe, source, count, steps=1)
-    return (
-        image_to_depth(pipe, source, count)
-        | {f"{name}_one_step": value for name, value in one_step.items()}
-        | drift(pipe, base, source, min(100, count))
-    )
+    return in_one_and_four_steps(pipe, source, count) | drift(pipe, base, source, min(100, count))
 
 
 def constant_depth(source, count: int) -> dict[str, float]:
@@ -272,7 +243,7 @@ def measure(config: ClaimsConfig) -> dict[str, dict[str, float]]:
     measured("constant depth", lambda: constant_depth(source, config.scenes))
     base = Flux2KleinPipeline.from_pretrained(config.base)
     measured("untrained", lambda: compared(untrained(config), base, source, config.scenes))
-    pipe = load(config.model)
+    pipe = load_pipeline(config.model)
     measured("embedded model", lambda: compared(pipe, base, source, config.scenes))
     for steps in config.sampling_steps:
         measured(f"steps {steps}", lambda n=steps: image_to_depth(pipe, source, config.scenes, steps=n))
@@ -294,22 +265,9 @@ def measure(config: ClaimsConfig) -> dict[str, dict[str, float]]:
             folder = train(config, name, seed)
             measured(
                 f"{name}, seed {seed}",
-                lambda f=folder: compared(load(f), base, source, config.scenes),
+                lambda f=folder: compared(load_pipeline(f), base, source, config.scenes),
             )
     return measured.numbers
-
-
-def over_seeds(numbers, name: str, metric: str, seeds: list[int]) -> list[float]:
-    """A metric of every seed, or of the one measurement of that name; none where it was not measured."""
-    rows = [numbers[key] for key in (name, *(f"{name}, seed {seed}" for seed in seeds)) if key in numbers]
-    return [row[metric] for row in rows if metric in row]
-
-
-def table_cell(values: list[float], scale: float = 100) -> str:
-    if not values:
-        return ""
-    spread = f" ± {scale * (max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
-    return f"{scale * np.mean(values):.2f}{spread}"
 
 
 def write_tables(numbers, config: ClaimsConfig) -> str:

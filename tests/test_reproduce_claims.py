@@ -8,17 +8,15 @@ import pytest
 
 from finetune import reproduce_claims
 from finetune.data import build_source
+from finetune.measurements import Measurements, over_seeds, table_cell
 from finetune.reproduce_claims import (
     ClaimsConfig,
-    Measurements,
     constant_depth,
     draw_figure,
     drift,
     following,
     joint,
     not_following,
-    over_seeds,
-    table_cell,
     write_tables,
 )
 
