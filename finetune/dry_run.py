@@ -1,17 +1,7 @@
 """What a run would need, before anything is encoded or trained: `--dry-run` of finetune/post_train.py and pretrain.py.
 
-The model is built on the meta device, so neither its weights nor memory for them are needed. The estimate is for one
-process and counts what lives through a step. It leaves out: the VAE (it stays on the device) and the text encoder
-(there while samples are encoded and in validation, and all the time where there is no cache); what validation needs;
-the copy of the gradients that several processes exchange; the CUDA context, workspaces of kernels and fragmentation.
-Allow a fifth more than it says.
-
-Activations are what autograd keeps of a block of width D and MLP ratio m for each token: its input, the normalised
-and the modulated input (3 D), queries and keys before their norm (2 D), the four tensors of attention (4 D), what the
-gates multiply, the second norm or the fused projection (3 D), and five times m D in the gated MLP: (12 + 5 m) D values.
-With gradient checkpointing it is D values for each block, and one block in full. The formula counts every product's
-input, though frozen weights do not need theirs, every value in the compute dtype, though norms keep float32, and
-grouped keys and values as wide as the queries that share them.
+The model is built on the meta device, so neither its weights nor memory for them are needed. The formulas of the
+memory, and what they leave out, are in finetune/memory.py.
 """
 
 from collections import Counter
@@ -22,18 +12,15 @@ from diffusers import AutoencoderKLFlux2
 from omegaconf import OmegaConf
 
 from finetune.cache import CacheConfig
-from finetune.data import build_source
-from finetune.trainer import TrainerConfig
+from finetune.memory import DTYPES, Launch, post_training_memory, pretraining_memory
+from finetune.source_check import open_sources
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.image_processor import processing_size
 
 
 TRANSFORMERS = {"flux2": ModalityForcingFlux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLUX2_TOKEN_SIZE = 16  # pixels along a token's side: 8 of the VAE's, in cells of 2x2
 FLUX2_CHANNELS = 128  # values of such a token
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
-Stack = tuple[int, int, int, float]  # blocks of one kind: their number, tokens, width and MLP ratio
 
 
 def read_base(config) -> tuple[dict, int]:
@@ -43,6 +30,7 @@ def read_base(config) -> tuple[dict, int]:
     base = config.base
     try:
         transformer = TRANSFORMERS[config.architecture].load_config(base, subfolder="transformer")
+        check_architecture(config, transformer["_class_name"])
         return {k: v for k, v in transformer.items() if k[0] != "_"}, read_token_size(base, transformer)
     except OSError as error:
         if config.base_settings is None:
@@ -56,6 +44,13 @@ def read_base(config) -> tuple[dict, int]:
         raise SystemExit(
             f"error: base_settings {config.base_settings} is no settings file of a pre-training: {error!r}"
         ) from error
+
+
+def check_architecture(config, class_name: str) -> None:
+    """Stops where a base's transformer, of this class, is not of the architecture of a `PostTrainConfig`."""
+    found = "dit" if class_name == TRANSFORMERS["dit"].__name__ else "flux2"
+    if found != config.architecture:
+        raise SystemExit(f"error: {config.base} is of architecture {found}: set it so")
 
 
 def read_token_size(vae: str, transformer: dict) -> int:
@@ -81,40 +76,6 @@ def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel | Modali
     return model
 
 
-def size_in_bytes(parameters) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def activation_bytes(stacks: list[Stack], config: TrainerConfig) -> int:
-    """What autograd keeps of a micro batch; see above."""
-    inputs = [blocks * tokens * width for blocks, tokens, width, _ in stacks]
-    per_block = [(12 + 5 * ratio) * tokens * width for _, tokens, width, ratio in stacks]
-    if config.gradient_checkpointing:
-        values = sum(inputs) + max(per_block)
-    else:
-        values = sum(blocks * whole for (blocks, *_), whole in zip(stacks, per_block))
-    return int(values) * config.micro_batch_size * DTYPES[config.mixed_precision].itemsize
-
-
-def memory(model, config: TrainerConfig, stacks: list[Stack], teacher_bytes: int = 0) -> dict[str, int]:
-    """Bytes on the device in a training step, by what they are for."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    in_float32 = sum(p.numel() for p in frozen if p.dtype == torch.float32) + trained
-    return {
-        f"frozen weights, {' and '.join(sorted({str(p.dtype)[6:] for p in frozen})) or 'none'}": size_in_bytes(frozen),
-        "trainable weights, float32": 4 * trained,
-        "their gradients, float32": 4 * trained,
-        f"optimizer, {config.optimizer}": OPTIMIZER_BYTES[config.optimizer] * trained,
-        "averaged weights (EMA), float32": 4 * trained if config.ema_decay else 0,
-        "bf16 copies of the float32 weights": 2 * in_float32 if config.mixed_precision == "bf16" else 0,
-        "teacher (self-distillation)": teacher_bytes,
-        f"activations, {'with' if config.gradient_checkpointing else 'without'} gradient checkpointing": (
-            activation_bytes(stacks, config)
-        ),
-    }
-
-
 def cache_bytes(config: CacheConfig, token_size: int, token_channels: int, text_bytes: int) -> int:
     """Encoded samples on disk: float32 latents and depth, its mask, and text features of `text_bytes` a sample."""
     tokens = config.pixels // token_size**2
@@ -125,7 +86,7 @@ def describe_source(name: str, settings: dict, cache: CacheConfig, token_size: i
     """What a source holds, its first sample and the sizes it is worked on at; or why it cannot be read."""
     lines = []
     try:
-        source = build_source(settings)
+        (source,) = open_sources(settings)
         for leaf in source.leaves():
             counts = f"{len(leaf)} samples" if hasattr(leaf, "__len__") else "samples without end"
             if hasattr(leaf, "rows"):
@@ -146,16 +107,15 @@ def describe_source(name: str, settings: dict, cache: CacheConfig, token_size: i
     ]
 
 
-def report(config, model, stacks: list[Stack], token_size: int, text_bytes: int, teacher_bytes: int = 0) -> str:
-    """The whole answer of a dry run, as text."""
+def report(config, model, needs: dict[str, int], token_size: int, text_bytes: int) -> str:
+    """The whole answer of a dry run but for the verdict, as text."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    needs = memory(model, config.trainer, stacks, teacher_bytes)
     lines = [
         f"parameters: {total:,}, trainable {trained:,}, frozen {total - trained:,}",
         f"memory of one process, a micro batch of {config.trainer.micro_batch_size} at {config.cache.pixels} pixels:",
         *(f"  {size / 2**30:8.2f} GiB  {name}" for name, size in needs.items()),
-        f"  {sum(needs.values()) / 2**30:8.2f} GiB  in all; finetune/dry_run.py says what is left out",
+        f"  {sum(needs.values()) / 2**30:8.2f} GiB  in all; finetune/memory.py says what is left out",
     ]
     for name in ("data", "validation_data"):
         if getattr(config, name, None):
@@ -167,35 +127,16 @@ def report(config, model, stacks: list[Stack], token_size: int, text_bytes: int,
     return "\n".join(lines)
 
 
-def trunk_blocks(transformer) -> int:
-    """Blocks over all tokens, of either architecture."""
-    return transformer.config.num_layers + transformer.config.get("num_single_layers", 0)
-
-
 def report_post_training(config, model) -> str:
     """Report of a `PostTrainConfig`; what of the `empty_transformer` trains is chosen already."""
-    c, token_size = model.config, round(model.config.depth_channels**0.5)
-    images, width = config.cache.pixels // token_size**2, model.inner_dim
-    tokens = config.max_sequence_length + 2 * images
-    stacks = [
-        (trunk_blocks(model), tokens, width, c.mlp_ratio),
-        (c.num_depth_decoder_layers, images, width, c.mlp_ratio),
-    ]
-    dtype = DTYPES[config.base_dtype]
-    base = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name and "lora_" not in name)
-    teacher = base * dtype.itemsize if config.distils and config.mode != "lora" else 0
-    text_bytes = config.max_sequence_length * c.joint_attention_dim * dtype.itemsize
-    return report(config, model, stacks, token_size, text_bytes, teacher)
+    needs = post_training_memory(config, model, Launch.current())
+    text_bytes = config.max_sequence_length * model.config.joint_attention_dim * DTYPES[config.base_dtype].itemsize
+    return report(config, model, needs, round(model.config.depth_channels**0.5), text_bytes)
 
 
 def report_pretraining(config, model, token_size: int) -> str:
     """Report of a `PretrainConfig` and its model on the meta device."""
-    transformer, length = model.transformer, config.max_sequence_length
-    tokens = length + config.cache.pixels // token_size**2
-    stacks = [(trunk_blocks(transformer), tokens, transformer.inner_dim, transformer.config.mlp_ratio)]
-    text_bytes = length * transformer.config.joint_attention_dim * DTYPES[config.trainer.mixed_precision].itemsize
-    if model.tokenizer is not None:
-        text = model.text_encoder.config
-        mlp_width = text.d_ff if config.architecture == "dit" else text.intermediate_size
-        stacks.append((text.num_hidden_layers, length, text.hidden_size, mlp_width / text.hidden_size))
-    return report(config, model, stacks, token_size, text_bytes)
+    needs = pretraining_memory(config, model, token_size, Launch.current())
+    width = model.transformer.config.joint_attention_dim
+    text_bytes = config.max_sequence_length * width * DTYPES[config.trainer.mixed_precision].itemsize
+    return report(config, model, needs, token_size, text_bytes)

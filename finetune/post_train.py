@@ -11,7 +11,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import load_config, save_config, take_flag
-from finetune.data import build_source
-from finetune.dry_run import DTYPES, TRANSFORMERS, empty_transformer, report_post_training
+from finetune.dry_run import DTYPES, TRANSFORMERS, check_architecture, empty_transformer, report_post_training
 from finetune.encoding import EncodedBatch, Encoder
+from finetune.memory import Launch, memory_verdict, post_training_memory
+from finetune.source_check import open_sources
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
 from mf_diffusers import ModalityForcingPipeline
@@ -113,15 +115,33 @@ def choose_trainable(transformer: torch.nn.Module, config: PostTrainConfig) -> N
             parameter.data = parameter.data.float()
 
 
+def check_memory(config: PostTrainConfig) -> tuple[bool, str]:
+    """Whether the run fits into memory, and the verdict as text; see `memory_verdict`."""
+
+    @cache
+    def transformer_of(mode: str, base_dtype: str) -> torch.nn.Module:
+        settings = replace(config, mode=mode, base_dtype=base_dtype)
+        transformer = empty_transformer(settings)
+        choose_trainable(transformer, settings)
+        return transformer
+
+    def memory_of(settings: PostTrainConfig, launch: Launch) -> dict[str, int]:
+        return post_training_memory(settings, transformer_of(settings.mode, settings.base_dtype), launch)
+
+    levers = {
+        "base_dtype": ["bf16"] * (config.base_dtype == "fp32" and config.trainer.mixed_precision == "bf16"),
+        "mode": ["lora"] * (config.architecture == "flux2" and config.mode != "lora"),
+    }
+    return memory_verdict(config, memory_of, levers)
+
+
 def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.nn.Module]:
     """The pipeline to train, and the transformer that it starts from."""
     dtype = DTYPES[config.base_dtype]
     base = DiffusionPipeline.from_pretrained(
         config.base, dtype={"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
     )
-    is_dit = isinstance(base.transformer, TRANSFORMERS["dit"])
-    if is_dit != (config.architecture == "dit"):
-        raise SystemExit(f"error: {config.base} is of architecture {'dit' if is_dit else 'flux2'}: set it so")
+    check_architecture(config, type(base.transformer).__name__)
     if isinstance(base, ModalityForcingPipeline) and base.has_depth:
         base.register_to_config(default_sample_size=config.sample_size)
         has_copy_to_teach = config.distils and config.mode != "lora"  # see `make_teacher`
@@ -188,11 +208,17 @@ def main():
     is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
     check(config)
+    processes = join_processes()
+    fits, verdict = check_memory(config)
     if is_dry_run:
         transformer = empty_transformer(config)
         choose_trainable(transformer, config)
-        print(report_post_training(config, transformer))
+        processes.print(f"{report_post_training(config, transformer)}\n{verdict}")
         return
+    if not fits:
+        raise SystemExit(f"error: {verdict}" if processes.is_main_process else 1)
+    processes.print(verdict)
+    _, held_out = open_sources(config.data, config.validation_data)
     torch.manual_seed(config.trainer.seed)
     pipe, base = open_base(config)
     pipe.set_progress_bar_config(disable=True)
@@ -206,8 +232,7 @@ def main():
     def encode(prompts: list[str]) -> torch.Tensor:
         return encode_text(pipe.text_encoder, pipe.tokenizer, prompts, **text)
 
-    held_out = build_source(config.validation_data)
-    device = join_processes().device
+    device = processes.device
     pipe.vae.to(device)
     pipe.text_encoder.to(device)
     encoder = Encoder(pipe.vae, pipe.depth_processor, encode)

@@ -35,9 +35,11 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import load_config, save_config, take_flag
-from finetune.data import ReadReport, Source, build_source
+from finetune.data import ReadReport, Source
 from finetune.dry_run import DTYPES, read_token_size, report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
+from finetune.memory import memory_verdict, pretraining_memory
+from finetune.source_check import open_sources
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
@@ -308,14 +310,20 @@ def main():
     config = load_config(PretrainConfig)
     check(config)
     is_frozen = config.pretrained_text_encoder is not None
+    processes = join_processes()
+    token_size = read_token_size(config.vae, config.transformer)
+    with torch.device("meta"):  # of a tokenizer, its length is what counts
+        model = TextToImage(config, None if is_frozen else range(config.vocabulary_size))
+    fits, verdict = memory_verdict(config, lambda c, launch: pretraining_memory(c, model, token_size, launch))
     if is_dry_run:
-        token_size = read_token_size(config.vae, config.transformer)
-        with torch.device("meta"):  # of a tokenizer, its length is what counts
-            model = TextToImage(config, None if is_frozen else range(config.vocabulary_size))
-        print(report_pretraining(config, model, token_size))
+        processes.print(f"{report_pretraining(config, model, token_size)}\n{verdict}")
         return
+    if not fits:
+        raise SystemExit(f"error: {verdict}" if processes.is_main_process else 1)
+    processes.print(verdict)
+    *_, held_out = open_sources(config.data, *([config.validation_data] if config.validation_data else []))
     torch.manual_seed(config.trainer.seed)
-    device = join_processes().device
+    device = processes.device
     vae = open_vae(config.vae).to(device)
     text = {"out_layers": config.text_encoder_out_layers, "max_sequence_length": config.max_sequence_length}
     encode = None
@@ -348,7 +356,6 @@ def main():
     if trainer.accelerator.is_main_process:
         save_config(config, trainer.folder / "config.yaml")
         tokenizer.save_pretrained(trainer.folder / "tokenizer")
-    held_out = build_source(config.validation_data or config.data)
 
     stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:

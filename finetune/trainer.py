@@ -52,6 +52,8 @@ class TrainerConfig:
         log_every: steps between log lines, and between checks that the loss is finite.
         num_workers: processes that read samples ahead, for each training process; 0 reads between the steps.
         resume: go on from the newest checkpoint in `output`.
+        memory_gib: what one process may use, in GiB; None: what its device has. A run that needs more by the estimate
+            of finetune/memory.py does not start; 1e6 lets every run start.
     """
 
     output: str = "outputs/training"
@@ -76,6 +78,7 @@ class TrainerConfig:
     log_every: int = 20
     num_workers: int = 0
     resume: bool = True
+    memory_gib: float | None = None
 
     def __post_init__(self):
         if self.optimizer not in ("adamw", "adamw8bit"):

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training import SCENES, base, cache, run, settings, weights  # noqa: F401
 
-from finetune import dry_run, post_train, pretrain
+from finetune import dry_run, memory, post_train, pretrain
 from finetune.cache import CacheConfig
 from finetune.config import load_config
 from finetune.post_train import PostTrainConfig, choose_trainable
@@ -51,9 +51,9 @@ def test_weights_gradients_optimizer_and_averages_are_counted_exactly(tmp_path, 
     loss_of(pipe, trainer.prepared).backward()
     trainer.optimizer.step()
 
-    needs = dry_run.memory(model, trainer.config, stacks=[(4, 64 + 2 * 256, 32, 3.0)])
+    needs = memory.memory(model, trainer.config, stacks=[(4, 64 + 2 * 256, 32, 3.0)])
     frozen, trained, gradients, optimizer, averaged, copies, teacher, _ = needs.values()
-    size = dry_run.size_in_bytes
+    size = memory.size_in_bytes
     parameters = list(model.parameters())
     assert frozen == size(p for p in parameters if not p.requires_grad)
     assert trained == size(p for p in parameters if p.requires_grad)
@@ -83,8 +83,8 @@ def test_activations_are_about_what_autograd_keeps(mode, precision, checkpointin
     stacks = [(6, 64 + 2 * 256, width, 3.0), (1, 256, width, 3.0)]
     kept = live.bytes
     if checkpointing:  # on the way back one block is computed anew, and then keeps all
-        kept += dry_run.activation_bytes([(0, *stacks[0][1:])], config)
-    assert 0.7 < kept / dry_run.activation_bytes(stacks, config) < 1.3
+        kept += memory.activation_bytes([(0, *stacks[0][1:])], config)
+    assert 0.7 < kept / memory.activation_bytes(stacks, config) < 1.3
 
 
 class Live:
