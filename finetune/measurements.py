@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from finetune.data import Source
 from finetune.validation import image_to_depth_metrics
@@ -36,7 +37,8 @@ def run_script(name: str, *arguments: str | Path) -> None:
 
 
 def load_pipeline(folder: str | Path) -> ModalityForcingPipeline:
-    pipe = ModalityForcingPipeline.from_pretrained(folder)
+    """A pipeline to measure, in bfloat16, as the published model is used."""
+    pipe = ModalityForcingPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -86,7 +86,8 @@ class ClaimsConfig:
         seeds: of the compared runs; tables give the mean and the range over them.
         training: settings of every compared run besides its own.
         validation_data: the held-out scenes.
-        scenes: how many of them image -> depth is measured on.
+        scenes: how many of them image -> depth of each model is measured on.
+        curve_scenes: the same, for the curves over steps and ensembles.
         prompts: how many of their captions and depth maps the tasks that make images are measured on.
         image_steps: Euler steps of these tasks.
         sampling_steps, ensembles: of image -> depth, to compare.
@@ -103,7 +104,8 @@ class ClaimsConfig:
         default_factory=lambda: {"kind": "scenes", "split": "validation", "height": 64, "width": 64}
     )
     scenes: int = 500
-    prompts: int = 100
+    curve_scenes: int = 100
+    prompts: int = 50
     image_steps: int = 25
     sampling_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 25, 50])
     ensembles: list[int] = field(default_factory=lambda: [1, 4, 10])
@@ -154,7 +156,8 @@ def depth_error(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 def compared(pipe: ModalityForcingPipeline, base, source, count: int) -> dict[str, float]:
     """What is compared of a run."""
-    return in_one_and_four_steps(pipe, source, count) | drift(pipe, base, source, min(100, count))
+    errors = in_one_and_four_steps(pipe, source, count)
+    return errors | drift(pipe.to(torch.float32), base, source, min(100, count))
 
 
 def constant_depth(source, count: int) -> dict[str, float]:
@@ -243,14 +246,14 @@ def measure(config: ClaimsConfig) -> dict[str, dict[str, float]]:
     measured("constant depth", lambda: constant_depth(source, config.scenes))
     base = Flux2KleinPipeline.from_pretrained(config.base)
     measured("untrained", lambda: compared(untrained(config), base, source, config.scenes))
+    measured("embedded model", lambda: compared(load_pipeline(config.model), base, source, config.scenes))
     pipe = load_pipeline(config.model)
-    measured("embedded model", lambda: compared(pipe, base, source, config.scenes))
     for steps in config.sampling_steps:
-        measured(f"steps {steps}", lambda n=steps: image_to_depth(pipe, source, config.scenes, steps=n))
+        measured(f"steps {steps}", lambda n=steps: image_to_depth(pipe, source, config.curve_scenes, steps=n))
     for size in config.ensembles:
         measured(
             f"ensemble {size}",
-            lambda n=size: image_to_depth(pipe, source, config.scenes, ensemble_size=n, batch_size=25),
+            lambda n=size: image_to_depth(pipe, source, config.curve_scenes, ensemble_size=n, batch_size=25),
         )
     for alpha in config.joint_log2_alpha:
         measured(f"joint {alpha:g}", lambda a=alpha: joint(pipe, source, config, a))
