@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_a_whole_study(tiny_study):
 
     run = Path(tiny_study.output) / "tiny" / "seed-0"
     bases = [weights(run / f"base-{budget}") for budget in tiny_study.budgets]
-    assert not any(torch.equal(a["proj_out.weight"], b["proj_out.weight"]) for a, b in zip(bases, bases[1:]))
+    assert not any(torch.equal(a["proj_out.weight"], b["proj_out.weight"]) for a, b in pairwise(bases))
     # a budget is what a run of its length gives, though larger ones went on from it
     alone = replace(tiny_study, output=tiny_study.output + "-alone", budgets=[4])
     (Path(alone.output)).mkdir()
