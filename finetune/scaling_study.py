@@ -8,6 +8,7 @@ pre-training, none among them, and measures image -> depth on held-out scenes. W
 stopped. `--estimate` times a few steps of every rung and prints what the whole would cost; nothing is trained.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1]))  # running a file puts its folder on the path, not the repository
 
-from finetune.config import load_config
+from finetune.config import load_config, take_flag
 from finetune.data import build_source
 from finetune.measurements import (
     Measurements,
@@ -70,6 +71,25 @@ class ScalingConfig:
     @property
     def batch(self) -> list[str]:
         return [f"trainer.batch_size={self.batch_size}", f"trainer.micro_batch_size={self.batch_size}"]
+
+
+def estimate(config: ScalingConfig) -> str:
+    """The hours of training that the study takes on this device, by finetune/benchmark.py, a line for each rung."""
+    results = Path(config.output) / "estimate.jsonl"
+    results.unlink(missing_ok=True)
+    lines, total = [], 0.0
+    for rung in config.rungs:
+        settings, both = CONFIGS / f"{rung}.yaml", [*config.training, *config.batch, f"benchmark.output={results}"]
+        frozen_text = ["pretrained_text_encoder=shared", "text_encoder=null", f"vae={config.vae}"]
+        run_script("benchmark.py", "--pretrain", "--config", settings, *frozen_text, *both)
+        of_rung = ["base=none", f"base_settings={settings}"]
+        run_script("benchmark.py", "--config", CONFIGS / "dit_post_train.yaml", *of_rung, *both)
+        before, after = (json.loads(line)["samples_per_second"] for line in results.read_text().splitlines()[-2:])
+        each = config.budgets[-1] / before + len(config.budgets) * config.post_training_samples / after
+        hours = len(config.seeds) * each / 3600
+        lines.append(f"{rung}: {before:.3g} samples/s, with depth {after:.3g}, {hours:.2f} h")
+        total += hours
+    return "\n".join([*lines, f"in all {total:.2f} h, and to encode, to compile and to measure besides"])
 
 
 def pretrain(config: ScalingConfig, rung: str, folder: Path, samples: int, *settings: str) -> None:
@@ -224,9 +244,13 @@ def draw_figure(numbers, config: ScalingConfig, metric: str = "abs_rel_one_step"
 
 
 def main():
+    is_estimate = take_flag("--estimate")
     config = load_config(ScalingConfig, ["--config", str(CONFIGS / "scaling.yaml"), *sys.argv[1:]])
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
+    if is_estimate:
+        print(estimate(config))
+        return
     numbers = measure(config)
     tables = write_tables(numbers, config)
     (folder / "scaling.md").write_text(tables)
