@@ -41,8 +41,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 from finetune import post_train, pretrain
 from finetune.cache import SHARD, EncodedSamples, shard_path
 from finetune.config import load_config, take_flag
-from finetune.dry_run import DTYPES, TRANSFORMERS, empty_transformer, read_base, read_token_size
+from finetune.dry_run import TRANSFORMERS, empty_transformer, read_base, read_token_size
 from finetune.encoding import EncodedBatch
+from finetune.memory import DTYPES
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher, micro_batch_losses
 from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage, micro_batch_loss
 from finetune.trainer import Trainer, join_processes
