@@ -1,20 +1,29 @@
-"""Sharded runs (FSDP2) on CPU processes: they follow one process, go on in any number, and come together again."""
+"""Sharded runs (FSDP2) on CPU processes: they follow one process, go on in any number, and come together again.
+
+All processes but those that are killed are forked from a server that has imported the scripts: importing them in each
+would take longer than the runs.
+"""
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dry_run import fresh_accelerate  # noqa: F401
-from test_training import ROOT, base, cache, command, frames, run, settings, weights  # noqa: F401
+from test_training import base, cache, command, frames, run, settings, weights  # noqa: F401
 from test_training_dit import TRAINED_ALONG, pretrain_settings, vae  # noqa: F401
 
 from finetune import consolidate, post_train, pretrain
@@ -22,36 +31,45 @@ from finetune.sharding import read_tensors
 from mf_diffusers import ModalityForcingPipeline
 
 
-ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1"}
-DRIVER = """
-import sys
-sys.path.insert(0, {root!r})
-from PIL import Image
-from finetune import {script}
-if {validates}:
-    {script}.picture_grid = lambda *_: Image.new("RGB", (8, 8))
-else:
-    {script}.validate = lambda *_: None
-{script}.main()
-"""
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1"}
+SCRIPTS = {"pretrain": pretrain, "post_train": post_train}
 
 
-def start(
-    arguments: list[str], folder: Path, processes: int, script: str = "pretrain", validates: bool = False
-) -> subprocess.Popen:
-    """Training in sharded processes; the pictures of validations cost more than these runs do."""
-    path = folder / "driver.py"
-    path.write_text(DRIVER.format(root=str(ROOT), script=script, validates=validates))
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    return subprocess.Popen(
-        command(path, arguments, folder, *launcher), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+def launch(processes: int, function: Callable, *args) -> None:
+    """Calls `function(*args)` in processes that find one another as those of a launcher do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # some versions of Python give the server no other
+        multiprocessing.forkserver.ensure_running()
+    spawned = torch.multiprocessing.start_processes(
+        in_process, (processes, port, function, args), processes, join=False, start_method="forkserver"
     )
+    while not spawned.join(timeout=300):
+        pass
 
 
-def launch(*args, **kwargs) -> None:
-    process = start(*args, **kwargs)
-    _, errors = process.communicate(timeout=580)
-    assert process.returncode == 0, errors[-3000:]
+def in_process(rank: int, processes: int, port: int, function: Callable, args: tuple) -> None:
+    os.environ |= ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def train(script: str, arguments: list[str], folder: Path, validates: bool = False) -> None:
+    """Training; the pictures of validations cost more than these runs do."""
+    (folder / "empty.yaml").write_text("{}")
+    module = SCRIPTS[script]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, "--config", str(folder / "empty.yaml"), *arguments])
+        if validates:
+            patch.setattr(module, "picture_grid", lambda *_: Image.new("RGB", (8, 8)))
+        else:
+            patch.setattr(module, "validate", lambda *_: None)
+        module.main()
 
 
 def loss_curve(run_folder: Path) -> dict[int, float]:
@@ -97,8 +115,8 @@ def one(vae, tmp_path_factory):  # noqa: F811
 @pytest.fixture(scope="module")
 def runs(vae, one):  # noqa: F811
     """The folder of that run and of the same in two and four processes, which are sharded."""
-    launch(arguments_of(vae, one.parent / "two"), one.parent, 2, validates=True)
-    launch(arguments_of(vae, one.parent / "four"), one.parent, 4)
+    launch(2, train, "pretrain", arguments_of(vae, one.parent / "two"), one.parent, True)
+    launch(4, train, "pretrain", arguments_of(vae, one.parent / "four"), one.parent)
     return one.parent
 
 
@@ -124,7 +142,7 @@ def test_a_sharded_run_goes_on_in_one_process(vae, runs, tmp_path, monkeypatch):
 
 def test_a_run_of_two_goes_on_in_four(vae, runs, tmp_path):  # noqa: F811
     take_up(runs / "two", tmp_path / "four")
-    launch(arguments_of(vae, tmp_path / "four"), tmp_path, 4)
+    launch(4, train, "pretrain", arguments_of(vae, tmp_path / "four"), tmp_path)
     assert_follows(tmp_path / "four", runs / "one")
 
 
@@ -154,7 +172,14 @@ def test_consolidated_bit_by_bit(runs, tmp_path, monkeypatch, processes):
 
 def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, one, tmp_path, monkeypatch):  # noqa: F811
     output = tmp_path / "killed"
-    process = start(arguments_of(vae, output, steps=6, checkpoint_every=1, keep_checkpoints=9), tmp_path, 2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    arguments = arguments_of(vae, output, steps=6, checkpoint_every=1, keep_checkpoints=9, validate_every=100)
+    process = subprocess.Popen(
+        command("pretrain.py", arguments, tmp_path, *launcher),
+        env=os.environ | ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and not list(output.glob("checkpoints/step-*[1-9]")):
         time.sleep(0.05)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -179,7 +204,7 @@ def test_post_training_of_flux2_with_frozen_weights_and_samples_of_several_sizes
         return settings(base, cache, tmp_path / output, frames, steps=4, batch_size=8, max_grad_norm=1e9)
 
     run(post_train, arguments("one"), tmp_path, monkeypatch)
-    launch(arguments("two"), tmp_path, 2, script="post_train")
+    launch(2, train, "post_train", arguments("two"), tmp_path)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
