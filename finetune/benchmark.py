@@ -328,9 +328,9 @@ def measure(config: PostTrainBenchmark | PretrainBenchmark) -> dict[str, Any]:
         stream.seconds = 0.0
         seconds = train(trainer, work, stream, measurement.steps)
         flops = count_flops(config, samples[[0], [0]])
+        found = gather_object([(seconds, stream.seconds / seconds, peak_memory(device), peak)])
         trainer.progress_bar.close()
         trainer.accelerator.end_training()
-    found = gather_object([(seconds, stream.seconds / seconds, peak_memory(device), peak)])
     all_seconds, waits, memories, peaks = zip(*found)
     per_second = measurement.steps * config.trainer.batch_size / max(all_seconds)
     image_tokens = samples[[0], [0]].latents.shape[1]
