@@ -327,16 +327,15 @@ def measure(config: PostTrainBenchmark | PretrainBenchmark) -> dict[str, Any]:
         train(trainer, work, stream, measurement.warmup_steps)
         stream.seconds = 0.0
         seconds = train(trainer, work, stream, measurement.steps)
-        flops = count_flops(config, samples[[0], [0]])
+        sample = samples[[0], [0]]
+        flops = count_flops(config, sample)
         found = gather_object([(seconds, stream.seconds / seconds, peak_memory(device), peak)])
         trainer.progress_bar.close()
         trainer.accelerator.end_training()
     all_seconds, waits, memories, peaks = zip(*found)
     per_second = measurement.steps * config.trainer.batch_size / max(all_seconds)
-    image_tokens = samples[[0], [0]].latents.shape[1]
-    tokens = config.max_sequence_length + image_tokens * (
-        1 + (work.transformer_config.get("depth_channels") is not None)
-    )
+    has_depth = work.transformer_config.get("depth_channels") is not None
+    tokens = config.max_sequence_length + sample.latents.shape[1] * (2 if has_depth else 1)
     return {
         "parameters": sum(count for count, _ in parameters) / 1e6,
         "trained": sum(count for count, is_trained in parameters if is_trained) / 1e6,
