@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -44,8 +45,8 @@ from finetune.config import load_config, take_flag
 from finetune.dry_run import TRANSFORMERS, empty_transformer, read_base, read_token_size
 from finetune.encoding import EncodedBatch
 from finetune.memory import DTYPES
-from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher, micro_batch_losses
-from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage, micro_batch_loss
+from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
+from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage
 from finetune.trainer import Trainer, join_processes
 from mf_diffusers import DepthProcessor
 
@@ -121,13 +122,14 @@ class Workload(NamedTuple):
     """
     Args:
         model: what trains, as the script gives it to its `Trainer`.
-        loss: (trainer, batch, generators) -> the loss of a micro batch; of the trainer, `prepared` and `device` count.
+        losses_of: (trainer, batch, generators) -> loss of a micro batch, and its parts; of the trainer, `prepared` and
+            `device` count.
         token_size: pixels along a token's side.
         text_dtype: of the text features in the cache; None where the text encoder trains along.
     """
 
     model: torch.nn.Module
-    loss: Callable[[Any, EncodedBatch, list[torch.Generator]], torch.Tensor]
+    losses_of: Callable[[Any, EncodedBatch, list[torch.Generator]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
     token_size: int
     text_dtype: torch.dtype | None
 
@@ -166,10 +168,10 @@ def post_training(config: PostTrainConfig, device: torch.device, fill: Callable 
     dtype, text_shape = DTYPES[config.base_dtype], (config.max_sequence_length, model.config.joint_attention_dim)
     empty_embeds = torch.zeros(1, *text_shape, dtype=dtype, device=device)
 
-    def loss(trainer, batch, generators):
-        return micro_batch_losses(config, trainer, batch, generators, empty_embeds, depth_processor, teacher).total
+    def losses_of(trainer, batch, generators):
+        return post_train.micro_batch_losses(config, trainer, batch, generators, empty_embeds, depth_processor, teacher)
 
-    return Workload(model, loss, token_size, dtype)
+    return Workload(model, losses_of, token_size, dtype)
 
 
 def pre_training(config: PretrainConfig, device: torch.device) -> Workload:
@@ -185,10 +187,10 @@ def pre_training(config: PretrainConfig, device: torch.device) -> Workload:
         dtype, width = DTYPES[config.trainer.mixed_precision], model.transformer.config.joint_attention_dim
         empty_embeds = torch.zeros(1, config.max_sequence_length, width, dtype=dtype, device=device)
 
-    def loss(trainer, batch, generators):
-        return micro_batch_loss(config, trainer.prepared, batch, generators, empty_embeds, token_size, trainer.device)
+    def losses_of(trainer, batch, generators):
+        return pretrain.micro_batch_losses(config, trainer, batch, generators, empty_embeds, token_size)
 
-    return Workload(model, loss, token_size, dtype)
+    return Workload(model, losses_of, token_size, dtype)
 
 
 def write_samples(config, work: Workload, folder: Path) -> EncodedSamples:
@@ -229,7 +231,7 @@ def count_flops(config: PostTrainConfig | PretrainConfig, batch: EncodedBatch) -
     generators = [torch.Generator() for _ in batch.positions]
     # Fused kernels of attention repeat its forward pass in the backward pass: plain products do not.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work.loss(SimpleNamespace(prepared=work.model, device=device), batch, generators).backward()
+        work.losses_of(SimpleNamespace(prepared=work.model, device=device), batch, generators)[0].backward()
     return counter.get_total_flops() / len(batch.positions)
 
 
@@ -260,12 +262,7 @@ def train(trainer: Trainer, work: Workload, stream: Iterator[EncodedBatch], step
     synchronize(trainer.device)
     start = time.perf_counter()
     for _ in range(steps):
-        total = 0.0
-        for batch, generators, weight in trainer.micro_batches(stream):
-            loss = work.loss(trainer, batch, generators)
-            trainer.accelerator.backward(loss * weight)
-            total += loss.detach() * weight
-        trainer.update({"loss": total})
+        trainer.train_step(stream, partial(work.losses_of, trainer))
     synchronize(trainer.device)
     return time.perf_counter() - start
 

@@ -201,6 +201,7 @@ def trainer_levers(config: TrainerConfig, launch: Launch) -> dict[str, list]:
         "trainer.micro_batch_size": [size for size in smaller if config.batch_size % size == 0],
         "trainer.gradient_checkpointing": [True] * (not config.gradient_checkpointing),
     }
+    levers["trainer.ema_decay"] = [0.0] * bool(config.ema_decay)
     if config.memory_gib is not None or torch.cuda.is_available():  # the memory named may be another machine's
         levers["trainer.optimizer"] = ["adamw8bit"] * (config.optimizer == "adamw")
         counts = [launch.processes * 2**k for k in range(7)]

@@ -8,7 +8,6 @@ memory, data and the size of the cache, and stops.
 """
 
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -176,15 +175,16 @@ def make_teacher(config: PostTrainConfig, transformer, base: torch.nn.Module, de
 
 
 def micro_batch_losses(config, trainer, batch: EncodedBatch, generators, empty_embeds, depth_processor, teacher):
-    """The losses of a micro batch; what is random about a sample comes from its generator."""
+    """The loss of a micro batch, and its parts; what is random about a sample comes from its generator."""
     has_depth = batch.valid.flatten(1).any(dim=1).tolist()
     draw = draw_noise(config.objective, batch.latents.shape[1:], batch.depth.shape[1:], has_depth, generators)
     draw = draw.to(trainer.device)
     latents, depth, valid, prompt_embeds = (x.to(trainer.device, non_blocking=True) for x in batch[:4])
     prompt_embeds = torch.where(draw.drop_caption[:, None, None], empty_embeds, prompt_embeds)
-    return modality_forcing_loss(
+    losses = modality_forcing_loss(
         trainer.prepared, latents, depth, valid, prompt_embeds, draw, config.objective, depth_processor, teacher
     )
+    return losses.total, {name: getattr(losses, name).mean() for name in ("rgb", "depth", "distillation")}
 
 
 def save_result(config: PostTrainConfig, pipe: ModalityForcingPipeline, folder: Path) -> None:
@@ -254,15 +254,12 @@ def main():
     if trainer.accelerator.is_main_process:
         save_config(config, trainer.folder / "config.yaml")
 
+    def losses_of(batch: EncodedBatch, generators: list[torch.Generator]):
+        return micro_batch_losses(config, trainer, batch, generators, empty_embeds, pipe.depth_processor, teacher)
+
     stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
-        sums = defaultdict(float)
-        for batch, generators, weight in trainer.micro_batches(stream):
-            losses = micro_batch_losses(config, trainer, batch, generators, empty_embeds, pipe.depth_processor, teacher)
-            trainer.accelerator.backward(losses.total * weight)
-            for name in ("rgb", "depth", "distillation"):
-                sums[name] += getattr(losses, name).mean() * weight
-        trainer.update(sums)
+        trainer.train_step(stream, losses_of)
         if trainer.is_time_to_validate:
             pipe.to(trainer.device)
             with trainer.averaged_weights():

@@ -212,17 +212,18 @@ def draw_noise(batch: EncodedBatch, generators: list[torch.Generator], device) -
     return torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in generators]).to(device)
 
 
-def micro_batch_loss(config: PretrainConfig, model, batch: EncodedBatch, generators, empty_embeds, token_size, device):
-    """Velocity loss of a micro batch; what is random about a sample comes from its generator."""
-    timestep = torch.stack([sample_logit_normal((), config.mu, config.sigma, g) for g in generators]).to(device)
-    noise = draw_noise(batch, generators, device)
+def micro_batch_losses(config: PretrainConfig, trainer, batch: EncodedBatch, generators, empty_embeds, token_size):
+    """Velocity loss of a micro batch, and what of it to log; what is random about a sample comes from its generator."""
+    timestep = torch.stack([sample_logit_normal((), config.mu, config.sigma, g) for g in generators]).to(trainer.device)
+    noise = draw_noise(batch, generators, trainer.device)
     dropped = [bool(torch.rand((), generator=g) < config.caption_dropout) for g in generators]
     if batch.prompt_embeds is None:
         text = ["" if drop else caption for drop, caption in zip(dropped, batch.captions)]
     else:
-        drop = torch.tensor(dropped, device=device)[:, None, None]
-        text = torch.where(drop, empty_embeds, batch.prompt_embeds.to(device))
-    return squared_error(model, batch, timestep, noise, text, token_size).mean()
+        drop = torch.tensor(dropped, device=trainer.device)[:, None, None]
+        text = torch.where(drop, empty_embeds, batch.prompt_embeds.to(trainer.device))
+    loss = squared_error(trainer.prepared, batch, timestep, noise, text, token_size).mean()
+    return loss, {"loss": loss}
 
 
 def make_pipeline(
@@ -357,16 +358,12 @@ def main():
         save_config(config, trainer.folder / "config.yaml")
         tokenizer.save_pretrained(trainer.folder / "tokenizer")
 
+    def losses_of(batch: EncodedBatch, generators: list[torch.Generator]):
+        return micro_batch_losses(config, trainer, batch, generators, empty_embeds, encoder.token_size)
+
     stream = samples.stream(trainer)
     while trainer.step < config.trainer.steps:
-        total = 0.0
-        for batch, generators, weight in trainer.micro_batches(stream):
-            loss = micro_batch_loss(
-                config, trainer.prepared, batch, generators, empty_embeds, encoder.token_size, trainer.device
-            )
-            trainer.accelerator.backward(loss * weight)
-            total += loss.detach() * weight
-        trainer.update({"loss": total})
+        trainer.train_step(stream, losses_of)
         if trainer.is_time_to_validate:
             text_encoder.to(trainer.device)
             with trainer.averaged_weights():

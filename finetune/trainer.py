@@ -3,7 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,24 @@ class Trainer:
             skips = done < share and not self.is_sharded
             with self.accelerator.no_sync(self.prepared) if skips else nullcontext():
                 yield batch, generators, len(batch.positions) / share
+
+    def train_step(
+        self,
+        stream: Iterator[EncodedBatch],
+        losses_of: Callable[[EncodedBatch, list[torch.Generator]], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    ) -> None:
+        """An optimiser step.
+
+        Args:
+            losses_of: samples of a micro batch and a generator for each -> the loss, and scalars to log.
+        """
+        sums = defaultdict(float)
+        for batch, generators, weight in self.micro_batches(stream):
+            loss, logged = losses_of(batch, generators)
+            self.accelerator.backward(loss * weight)
+            for name, value in logged.items():
+                sums[name] += value.detach() * weight
+        self.update(sums)
 
     @property
     def is_time_to_validate(self) -> bool:
