@@ -41,7 +41,8 @@ class TrainerConfig:
         steps: optimiser steps.
         batch_size: samples of an optimiser step, over all processes and accumulated micro batches.
         micro_batch_size: samples of one forward pass of one process.
-        learning_rate: reached after `warmup_steps`, then constant.
+        learning_rate: reached after `warmup_steps`, then constant, but for the last `cooldown_steps`: there it falls to
+            nothing, on a straight line.
         optimizer: "adamw", or "adamw8bit" (bitsandbytes, GPU).
         mixed_precision: "fp32" or "bf16"; weights in training stay float32.
         compile: compile the transformer's blocks (torch.compile); needs a C++ compiler.
@@ -64,6 +65,7 @@ class TrainerConfig:
     micro_batch_size: int = 32
     learning_rate: float = 1e-4
     warmup_steps: int = 100
+    cooldown_steps: int = 0
     weight_decay: float = 0.01
     adam_beta2: float = 0.99
     max_grad_norm: float = 1.0
@@ -202,6 +204,14 @@ class Trainer:
         self.update(sums)
 
     @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        config = self.config
+        warm = (self.step + 1) / max(1, config.warmup_steps)
+        cool = (config.steps - self.step) / max(1, config.cooldown_steps)
+        return config.learning_rate * min(1.0, warm, cool)
+
+    @property
     def is_time_to_validate(self) -> bool:
         return self.step % self.config.validate_every == 0 or self.step == self.config.steps
 
@@ -218,7 +228,7 @@ class Trainer:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         grad_norm = grad_norm.full_tensor() if self.is_sharded else grad_norm
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+            group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from transformers import Adafactor
 
 from finetune import post_train, pretrain, trainer
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
+from finetune.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import load_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
@@ -187,6 +190,14 @@ def test_a_base_with_depth_goes_on(base, cache, tmp_path, monkeypatch):
     run(post_train, [*again, "objective.distillation_high=0.5"], tmp_path, monkeypatch)
     more = weights(tmp_path / "more")
     assert not torch.equal(more["depth_embedder.weight"], before["depth_embedder.weight"])
+
+
+def test_the_learning_rate_warms_up_and_cools_down():
+    config = TrainerConfig(learning_rate=1.0, steps=10, warmup_steps=2, cooldown_steps=4)
+    rates = [Trainer.learning_rate.fget(SimpleNamespace(config=config, step=step)) for step in range(10)]
+    assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    constant = replace(config, warmup_steps=0, cooldown_steps=0)
+    assert {Trainer.learning_rate.fget(SimpleNamespace(config=constant, step=step)) for step in range(10)} == {1}
 
 
 def test_lora(base, cache, tmp_path, monkeypatch):
