@@ -51,7 +51,8 @@ def test_verdicts():
 def test_several_changes_where_one_is_too_little():
     lines = verdict(memory_gib=10, optimizer="adamw8bit")[1].splitlines()
     assert lines[1] == "None of these fit, alone or together, with a fifth to spare: " + (
-        f"trainer.micro_batch_size, trainer.gradient_checkpointing, trainer.ema_decay, {SHARDED_LAUNCH}; the least is 12.25 GiB."
+        "trainer.micro_batch_size, trainer.gradient_checkpointing, trainer.ema_decay, "
+        f"{SHARDED_LAUNCH}; the least is 12.25 GiB."
     )
     lines = verdict(memory_gib=5)[1].splitlines()
     assert lines[2] == f"     4.00 GiB  {SHARDED_LAUNCH} 8 ... trainer.micro_batch_size=1" and len(lines) == 4
