@@ -236,6 +236,8 @@ def draw_figure(numbers, config: ScalingConfig, metric: str = "abs_rel_one_step"
         for size, seeds in zip(sizes, values):
             right.plot([size] * len(seeds), 100 * np.array(seeds), ".", color=color, markersize=4)
     right.set_xscale("log")
+    right.set_xticks(sizes, [f"{size / 1e6:.1f}M" for size in sizes])
+    right.minorticks_off()
     right.set_xlabel("parameters of the text-to-image transformer")
     for axis in (left, right):
         axis.legend(fontsize=8, frameon=False)
