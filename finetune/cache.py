@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from finetune.batches import LoaderConfig, fit
-from finetune.data import FolderSource, ReadReport, Source, WebDatasetSource, build_source, permutation
+from finetune.data import FolderSource, ReadReport, Source, WebDatasetSource, build_source, is_local, permutation
 from finetune.encoding import EncodedBatch, Encoder, LiveSamples
 from finetune.sparsify import thin
 from mf_diffusers.datasets.folder import METADATA
@@ -237,6 +236,6 @@ def files_hash(source: Source) -> list[str]:
             names = (name for row in leaf.rows for name in (row.image, row.depth) if name)
             paths += [leaf.folder / name for name in (METADATA, *names)]
         elif isinstance(leaf, WebDatasetSource):
-            paths += [Path(shard) for shard in leaf.shards if not re.match(r"\w+://|pipe:", shard)]
+            paths += [Path(shard) for shard in leaf.shards if is_local(shard)]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return [hashlib.sha256(json.dumps(stats).encode()).hexdigest()] if stats else []

@@ -219,6 +219,11 @@ class FolderSource(Source):
         return make_sample(read_image(self.folder / row.image), depth, row.text, f"{self.folder.name}:{number:05d}")
 
 
+def is_local(shard: str) -> bool:
+    """Whether a shard is a file, and neither a URL nor the output of a command."""
+    return not re.match(r"\w+://|pipe:", shard)
+
+
 class WebDatasetSource(Source):
     """Tar shards as the library webdataset writes them: of a sample `name`, the picture is `name.jpg` (png, webp), the
     depth, if any, `name.depth.png` (npy, exr, ...), the caption `name.txt` or "text" in `name.json`, which also takes
@@ -238,7 +243,7 @@ class WebDatasetSource(Source):
 
         self.config = config
         self.shards = expand_urls(config.shards) if config.shards else []
-        absent = [s for s in self.shards if not re.match(r"\w+://|pipe:", s) and not Path(s).is_file()]
+        absent = [s for s in self.shards if is_local(s) and not Path(s).is_file()]
         if absent or not self.shards:
             raise FileNotFoundError(f"shards {config.shards!r}: {len(absent)} are absent: {absent[:5]}")
         self.split(1)

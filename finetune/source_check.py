@@ -1,7 +1,6 @@
 """The data of a run before it starts: readable, in whole shards, and the same in every process."""
 
 import hashlib
-import re
 import socket
 import tarfile
 from collections import Counter, defaultdict
@@ -11,7 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from finetune.data import Source, WebDatasetSource, build_source
+from finetune.data import Source, WebDatasetSource, build_source, is_local
 
 
 TAR_END = 1024  # bytes: a tar file ends in two empty blocks
@@ -43,10 +42,6 @@ def open_sources(*configs) -> list[Source]:
     state = PartialState()
     raise_together(damage([s for s in shards if is_local(s)][state.process_index :: state.num_processes]))
     return sources
-
-
-def is_local(shard: str) -> bool:
-    return not re.match(r"\w+://|pipe:", shard)
 
 
 def raise_together(fault: str | None) -> None:
