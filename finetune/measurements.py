@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from finetune.data import Source
 from finetune.validation import image_to_depth_metrics
@@ -61,9 +62,18 @@ def over_seeds(numbers, name: str, metric: str, seeds: list[int]) -> list[float]
     return [row[metric] for row in rows if metric in row]
 
 
-def table_cell(values: list[float], scale: float = 100) -> str:
-    """Mean ± half the range, in percent unless `scale` says otherwise; empty for no values."""
+def table_cell(values: list[float]) -> str:
+    """Mean ± half the range, in percent; empty for no values."""
     if not values:
         return ""
-    spread = f" ± {scale * (max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
-    return f"{scale * np.mean(values):.2f}{spread}"
+    spread = f" ± {100 * (max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.2f}{spread}"
+
+
+def publish(path: Path, tables: str, figure: Figure) -> None:
+    """Prints the tables of a study, and writes them and its figure as `path` with the suffixes .md and .png."""
+    with atomic_write(path.with_suffix(".md")) as temporary:
+        temporary.write_text(tables)
+    with atomic_write(path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=110)
+    print(tables)

@@ -28,6 +28,7 @@ from finetune.measurements import (
     in_one_and_four_steps,
     load_pipeline,
     over_seeds,
+    publish,
     run_script,
     table_cell,
 )
@@ -343,10 +344,7 @@ def main():
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     numbers = measure(config)
-    tables = write_tables(numbers, config)
-    (folder / "claims.md").write_text(tables)
-    draw_figure(numbers, config).savefig(folder / "claims.png", dpi=110)
-    print(tables)
+    publish(folder / "claims", write_tables(numbers, config), draw_figure(numbers, config))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from finetune.measurements import (
     in_one_and_four_steps,
     load_pipeline,
     over_seeds,
+    publish,
     run_script,
     table_cell,
 )
@@ -254,10 +255,7 @@ def main():
         print(estimate(config))
         return
     numbers = measure(config)
-    tables = write_tables(numbers, config)
-    (folder / "scaling.md").write_text(tables)
-    draw_figure(numbers, config).savefig(folder / "scaling.png", dpi=110)
-    print(tables)
+    publish(folder / "scaling", write_tables(numbers, config), draw_figure(numbers, config))
 
 
 if __name__ == "__main__":
