@@ -72,10 +72,10 @@ def train(script: str, arguments: list[str], folder: Path, validates: bool = Fal
         module.main()
 
 
-def loss_curve(run_folder: Path) -> dict[int, float]:
+def curve_of(run_folder: Path, scalar: str = "loss") -> dict[int, float]:
     curve = {}
     for path in sorted(run_folder.glob("logs/**/events*"), key=lambda path: path.stat().st_mtime):
-        curve |= {event.step: event.value for event in EventAccumulator(str(path)).Reload().Scalars("loss")}
+        curve |= {event.step: event.value for event in EventAccumulator(str(path)).Reload().Scalars(scalar)}
     return curve
 
 
@@ -86,7 +86,7 @@ def tensors_of(pipeline: Path) -> dict[str, torch.Tensor]:
 
 def assert_follows(run_folder: Path, other: Path) -> None:
     """The curves of the losses within 1e-4, and the trained pipelines."""
-    ours, theirs = loss_curve(run_folder), loss_curve(other)
+    ours, theirs = curve_of(run_folder), curve_of(other)
     assert ours.keys() == theirs.keys() == set(range(1, 7))
     curve = max(abs(ours[step] - theirs[step]) for step in ours)
     ours, theirs = tensors_of(run_folder / "pipeline"), tensors_of(other / "pipeline")
@@ -146,26 +146,30 @@ def test_a_run_of_two_goes_on_in_four(vae, runs, tmp_path):  # noqa: F811
     assert_follows(tmp_path / "four", runs / "one")
 
 
-@pytest.mark.parametrize("processes", ["one", "two", "four"])
-def test_consolidated_bit_by_bit(runs, tmp_path, monkeypatch, processes):
-    def consolidated(checkpoint, folder):
-        monkeypatch.setattr(sys, "argv", ["consolidate.py", str(checkpoint), str(folder)])
+def consolidated(checkpoint: Path, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["consolidate.py", str(checkpoint), str(folder)])
         consolidate.main()
 
-    checkpoint = runs / processes / "checkpoints" / "step-00000006"
-    consolidated(checkpoint, tmp_path / "pipeline")
-    found, written = tensors_of(tmp_path / "pipeline"), tensors_of(runs / processes / "pipeline")
+
+def assert_consolidates(run_folder: Path, folder: Path) -> None:
+    """The last checkpoint makes the pipeline that the run wrote, which holds its averages."""
+    checkpoint = run_folder / "checkpoints" / "step-00000006"
+    consolidated(checkpoint, folder)
+    found, written = tensors_of(folder), tensors_of(run_folder / "pipeline")
     assert found.keys() == written.keys() and all(torch.equal(t, written[name]) for name, t in found.items())
-    pipe, averages = (
-        ModalityForcingPipeline.from_pretrained(tmp_path / "pipeline"),
-        read_tensors(checkpoint / "ema", {}),
-    )
+    pipe, averages = ModalityForcingPipeline.from_pretrained(folder), read_tensors(checkpoint / "ema", {})
     assert len(averages) > 20
     for name, average in averages.items():
         part, name = name.split(".", 1)
         assert torch.equal(pipe.components[part].state_dict()[name], average)
+
+
+@pytest.mark.parametrize("processes", ["one", "two", "four"])
+def test_consolidated_bit_by_bit(runs, tmp_path, processes):
+    assert_consolidates(runs / processes, tmp_path / "pipeline")
     with pytest.raises(SystemExit, match="exists already"):
-        consolidated(checkpoint, tmp_path / "pipeline")
+        consolidated(runs / processes / "checkpoints" / "step-00000006", tmp_path / "pipeline")
     with pytest.raises(SystemExit, match="is no checkpoint of a run"):
         consolidated(tmp_path / "nowhere", tmp_path / "other")
 
