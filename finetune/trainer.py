@@ -8,27 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
+from finetune import sharding
 from finetune.data import ReadReport
 from finetune.encoding import EncodedBatch
-from finetune.sharding import (
-    as_whole,
-    exchange_gradients,
-    is_sharding_asked,
-    own_part,
-    read_tensors,
-    shard,
-    write_tensors,
-)
 from mf_diffusers.results import place_folder
 
 
@@ -124,10 +117,8 @@ class Trainer:
                 f"error: batch_size {config.batch_size} must be a multiple of micro_batch_size "
                 f"{config.micro_batch_size} times {self.accelerator.num_processes} processes"
             )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise SystemExit("error: DeepSpeed is not supported: shard with finetune/accelerate/fsdp2.yaml instead")
         self.device = self.accelerator.device
-        self.is_sharded = is_sharding_asked()
+        self.is_sharded = sharding.is_sharding_asked()
         if self.is_sharded and config.optimizer != "adamw":
             raise SystemExit(f"error: a sharded run needs optimizer=adamw, not {config.optimizer}")
         if config.attention:
@@ -138,11 +129,7 @@ class Trainer:
             for module in model.modules():
                 if hasattr(module, "compile_repeated_blocks"):
                     module.compile_repeated_blocks()
-        if self.is_sharded:
-            shard(model, self.device, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
-        self.prepared = model if self.is_sharded else self.accelerator.prepare(model)
-        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(config, list(self.named_parameters.values()))
+        self.prepare(model)
         self.ema = EMAModel(self.own_parts, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.step = 0
         self.folder = Path(config.output)
@@ -158,10 +145,28 @@ class Trainer:
         self.running: dict[str, torch.Tensor] = {}
         self.running_steps = 0
 
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Makes of the model what computes, its trainable parameters by name, the optimiser, and `shards`: the module
+        whose verbs are for such parameters."""
+        config, self.shards = self.config, sharding
+        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        if sharding.is_fsdp_asked():
+            sharding.shard(model, self.device, dtype)
+        self.prepared = model if self.is_sharded else self.accelerator.prepare(model)
+        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(config, list(self.named_parameters.values()))
+        if sharding.is_deepspeed_asked():
+            from finetune import deepspeed_zero  # optional
+
+            self.shards = deepspeed_zero
+            self.prepared, self.optimizer = deepspeed_zero.shard(
+                model, self.optimizer, self.accelerator, dtype, config.micro_batch_size, config.max_grad_norm
+            )
+
     @property
     def own_parts(self) -> list[torch.Tensor]:
         """What this process holds of the trainable parameters: all, or its shards."""
-        return [own_part(parameter) for parameter in self.named_parameters.values()]
+        return [self.shards.own_part(parameter) for parameter in self.named_parameters.values()]
 
     @property
     def validates(self) -> bool:
@@ -180,7 +185,7 @@ class Trainer:
             done += len(batch.positions)
             generators = sample_generators(self.config.seed, self.step, batch.positions)
             if self.is_sharded:
-                exchange_gradients(self.prepared, is_last=done == share)
+                self.shards.exchange_gradients(self.prepared, is_last=done == share)
             skips = done < share and not self.is_sharded
             with self.accelerator.no_sync(self.prepared) if skips else nullcontext():
                 yield batch, generators, len(batch.positions) / share
@@ -198,7 +203,7 @@ class Trainer:
         sums = defaultdict(float)
         for batch, generators, weight in self.micro_batches(stream):
             loss, logged = losses_of(batch, generators)
-            self.accelerator.backward(loss * weight)
+            self.shards.backward(self.prepared, loss * weight)
             for name, value in logged.items():
                 sums[name] += value.detach() * weight
         self.update(sums)
@@ -224,13 +229,10 @@ class Trainer:
         Raises:
             FloatingPointError: a loss or gradient is not finite; the newest checkpoint is the last good state.
         """
-        parameters = list(self.named_parameters.values())
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        grad_norm = grad_norm.full_tensor() if self.is_sharded else grad_norm
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        parameters = list(self.named_parameters.values())
+        grad_norm = self.shards.step(self.prepared, self.optimizer, parameters, self.config.max_grad_norm)
         if self.ema:
             self.ema.step(self.own_parts)
         self.step += 1
@@ -302,16 +304,24 @@ class Trainer:
 
     def write_state(self, folder: Path) -> None:
         """The files of a checkpoint; of a sharded one, each process writes its part."""
-        write_tensors(folder / "weights", {name: p.detach() for name, p in self.named_parameters.items()})
-        write_tensors(folder / "optimizer", self.optimizer_tensors())
+        self.write_parts(folder / "weights", self.own_parts)
+        optimizer = self.shards.optimizer_tensors(self.optimizer, self.named_parameters)
+        sharding.write_tensors(folder / "optimizer", optimizer)
         state = {"step": self.step, "samples": self.step * self.config.batch_size}
         state["processes"] = self.accelerator.num_processes
         if self.ema:
-            averaged = zip(self.named_parameters.items(), self.ema.shadow_params)
-            write_tensors(folder / "ema", {name: as_whole(part, parameter) for (name, parameter), part in averaged})
+            self.write_parts(folder / "ema", self.ema.shadow_params)
             state["ema_steps"] = self.ema.optimization_step
         if self.accelerator.is_main_process:
             (folder / "state.json").write_text(json.dumps(state))
+
+    def write_parts(self, path: Path, parts: list[torch.Tensor]) -> None:
+        """Writes what the processes hold of tensors that are as the trainable parameters."""
+        wholes = {
+            name: self.shards.as_whole(part.detach(), parameter)
+            for (name, parameter), part in zip(self.named_parameters.items(), parts)
+        }
+        sharding.write_tensors(path, wholes)
 
     def load(self, folder: Path) -> None:
         """Takes up the state of a checkpoint, of any number of processes.
@@ -320,29 +330,16 @@ class Trainer:
             ValueError: it belongs to another architecture; the message names a parameter.
         """
         state = json.loads((folder / "state.json").read_text())
-        load_weights(self.named_parameters, folder, "weights")
-        self.load_optimizer_tensors(read_tensors(folder / "optimizer", self.named_parameters))
+        load_weights(self.named_parameters, folder, "weights", self.shards)
+        self.shards.publish(self.prepared)
+        optimizer = self.shards.read_tensors(folder / "optimizer", self.named_parameters)
+        self.shards.load_optimizer_tensors(self.optimizer, self.named_parameters, optimizer)
         if self.ema:
-            averaged = read_tensors(folder / "ema", self.named_parameters)
-            for name, part in zip(self.named_parameters, self.ema.shadow_params):
-                part.copy_(own_part(averaged[name]).detach())
+            averaged = self.shards.read_tensors(folder / "ema", self.named_parameters)
+            for (name, parameter), part in zip(self.named_parameters.items(), self.ema.shadow_params):
+                part.copy_(self.shards.part_of(averaged[name], parameter))
             self.ema.optimization_step = state["ema_steps"]
         self.step = state["step"]
-
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimiser's state. Plain counts become integers without a dimension."""
-        return {
-            f"{name}|{key}": torch.as_tensor(value)
-            for name, parameter in self.named_parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-
-    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        for full_name, value in tensors.items():
-            name, key = full_name.rsplit("|", 1)
-            parameter = self.named_parameters[name]
-            is_count = value.ndim == 0 and not value.is_floating_point()
-            self.optimizer.state[parameter][key] = value.item() if is_count else value.to(parameter.device)
 
     @contextmanager
     def averaged_weights(self):
@@ -353,10 +350,12 @@ class Trainer:
         parameters = self.own_parts
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
+        self.shards.publish(self.prepared)
         try:
             yield
         finally:
             self.ema.restore(parameters)
+            self.shards.publish(self.prepared)
 
     def finish(self, report: ReadReport) -> None:
         """Closes the logs, and lists the samples that could not be read."""
@@ -366,21 +365,27 @@ class Trainer:
         self.accelerator.end_training()
 
 
-def load_weights(named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path, kind: str) -> None:
+def load_weights(
+    named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path, kind: str, shards: ModuleType = sharding
+) -> None:
     """Fills parameters with the "weights" of a checkpoint, or with their averages, "ema".
+
+    Args:
+        shards: the module whose verbs are for these parameters.
 
     Raises:
         ValueError: it is a checkpoint of another architecture; the message names a parameter.
     """
-    weights = read_tensors(checkpoint / kind, named_parameters)
+    weights = shards.read_tensors(checkpoint / kind, named_parameters)
     for name, parameter in named_parameters.items():
-        if name not in weights or weights[name].shape != parameter.shape:
+        shape = shards.shape_of(parameter)
+        if name not in weights or weights[name].shape != shape:
             raise ValueError(
                 f"{checkpoint} is a checkpoint of another model: its {name} is "
-                f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(parameter.shape)}. "
+                f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(shape)}. "
                 "Choose another output folder, or resume=false."
             )
-        parameter.detach().copy_(weights[name])
+        shards.own_part(parameter).detach().copy_(shards.part_of(weights[name], parameter))
 
 
 def load_result(model: torch.nn.Module, checkpoint: Path) -> None:

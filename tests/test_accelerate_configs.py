@@ -11,9 +11,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 
 FOLDER = Path(__file__).parents[1] / "finetune" / "accelerate"
+KINDS = {"one_gpu": "NO", "fsdp2": "FSDP", "fsdp2_nodes": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("one_gpu", "NO"), ("fsdp2", "FSDP"), ("fsdp2_nodes", "FSDP")])
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_accelerate_reads(name, kind):
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     assert config.distributed_type == kind and config.mixed_precision == "bf16"
