@@ -15,7 +15,8 @@ grouped keys and values as wide as the queries that share them.
 
 Processes that share a model in shards (finetune/sharding.py) divide weights, gradients, optimiser and averages. Whole
 are the weights that are in use, the teacher, and while micro batches accumulate the gradients, which are exchanged at
-the end.
+the end. DeepSpeed (finetune/deepspeed_zero.py) exchanges them after every micro batch, gathers weights in float32, and
+has them twice. Left out are its buffers: by its defaults, 5e8 gradients (2 GB) and up to 1e9 gathered weights (4 GB).
 """
 
 import os
@@ -29,7 +30,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from finetune.sharding import is_sharding_asked
+from finetune.sharding import is_deepspeed_asked, is_sharding_asked, roots
 from finetune.trainer import TrainerConfig
 
 
@@ -42,14 +43,15 @@ Changes = dict[str, Any]  # settings by their dotted names; SHARDED_LAUNCH: in h
 
 
 class Launch(NamedTuple):
-    """How many processes train, and whether they share one model in shards."""
+    """How many processes train, and whether they share one model in shards, and do so by DeepSpeed."""
 
     processes: int = 1
     is_sharded: bool = False
+    by_deepspeed: bool = False
 
     @classmethod
     def current(cls) -> "Launch":
-        return cls(PartialState().num_processes, is_sharding_asked())
+        return cls(PartialState().num_processes, is_sharding_asked(), is_deepspeed_asked())
 
 
 ALONE = Launch()
@@ -72,10 +74,9 @@ def activation_bytes(stacks: list[Stack], config: TrainerConfig) -> int:
 
 def gathered_values(model: torch.nn.Module) -> int:
     """Weights that a sharded step holds whole: of the block at work and the next one, and of what is in no block."""
-    roots = [root for root in (model, *model.children()) if getattr(root, "_no_split_modules", None)]
     blocks = [
         sum(p.numel() for p in module.parameters())
-        for root in roots
+        for root in roots(model)
         for module in root.modules()
         if type(module).__name__ in root._no_split_modules
     ]
@@ -94,12 +95,12 @@ def memory(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_float32 = sum(p.numel() for p in frozen if p.dtype == torch.float32) + trained
     parts = launch.processes if launch.is_sharded else 1
-    accumulates = launch.processes * config.micro_batch_size < config.batch_size
+    accumulates = launch.processes * config.micro_batch_size < config.batch_size and not launch.by_deepspeed
     dtypes = " and ".join(sorted({str(p.dtype)[6:] for p in frozen})) or "none"
     checkpointing = "with" if config.gradient_checkpointing else "without"
     needs = {
         f"frozen weights, {dtypes}": size_in_bytes(frozen) // parts,
-        "trainable weights, float32": 4 * trained // parts,
+        "trainable weights, float32": (8 if launch.by_deepspeed else 4) * trained // parts,
         "their gradients, float32": 4 * trained // (1 if accumulates else parts),
         f"optimizer, {config.optimizer}": OPTIMIZER_BYTES[config.optimizer] * trained // parts,
         "averaged weights (EMA), float32": 4 * trained // parts if config.ema_decay else 0,
@@ -109,8 +110,8 @@ def memory(
     }
     if launch.is_sharded:
         needs["bf16 copies of the float32 weights"] = 0  # the shards are gathered in the dtype of the computation
-        gathered = 2 * gathered_values(model) * DTYPES[config.mixed_precision].itemsize
-        needs["gathered weights of two blocks, with gradients"] = gathered
+        dtype = torch.float32 if launch.by_deepspeed else DTYPES[config.mixed_precision]
+        needs["gathered weights of two blocks, with gradients"] = 2 * gathered_values(model) * dtype.itemsize
     elif launch.processes > 1:
         needs["copy of the gradients that processes exchange"] = 4 * trained
     return needs

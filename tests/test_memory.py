@@ -76,6 +76,9 @@ def test_a_sharded_step_divides_what_it_can():
     assert activations == memory.activation_bytes(stacks, config) == list(alone.values())[-1]
     accumulating = memory.memory(model, config, stacks, launch=Launch(2, is_sharded=True))
     assert accumulating["their gradients, float32"] == trained  # exchanged at the last micro batch only
+    deepspeed = memory.memory(model, config, stacks, launch=Launch(2, is_sharded=True, by_deepspeed=True))
+    assert deepspeed["their gradients, float32"] == trained // 2 and deepspeed["trainable weights, float32"] == trained
+    assert list(deepspeed.values())[-1] == 2 * gathered
     replicas = memory.memory(model, config, stacks, launch=Launch(4))
     assert replicas.pop("copy of the gradients that processes exchange") == trained and replicas == alone
 
