@@ -16,6 +16,7 @@ LIDAR_FOV_DEGREES = 60.0  # along the longer side; the shape of the rings, not t
 LINE_SHARE_EXPONENT = 0.6  # the share of rows with a ring is density**0.6: rings are finer along than across
 EDGE_JUMP = 0.2  # of log depth, summed over the neighbourhoods that see it
 BLOB_CELLS = (4, 12)  # noise cells along the longer side
+CELLS = 8  # rows, and columns, of the grid over the longer side
 PATCHES, PATCH_SIDES = 64, (1 / 16, 1 / 8)  # how many are drawn, and between which shares of the longer side
 
 
@@ -90,6 +91,19 @@ def patches(depth: torch.Tensor, density: float, generator: torch.Generator) -> 
     return _keep_lowest(first + torch.rand(depth.shape, generator=generator), depth, density)
 
 
+def cells(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """Whole cells of a grid, the last one incomplete. Where a cell is a token, or several, the model meets tokens that
+    are depth and nothing else, as in sampling, beside others that are noise. Each comes from another row and column,
+    until all have had their turn: so few of them have about the mean of the scene.
+    """
+    height, width = depth.shape[-2:]
+    side = -(-max(height, width) // CELLS)
+    column, turn = (torch.randperm(CELLS, generator=generator) for _ in range(2))  # of every row
+    lap = (torch.arange(CELLS) - column[:, None]) % CELLS  # in which a row's turn brings that column
+    order = (CELLS * lap + turn[:, None]).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    return _keep_lowest(order[None, :height, :width] + torch.rand(depth.shape, generator=generator), depth, density)
+
+
 def _rank(values, valid):
     """Each value's place among the valid ones, in [0, 1]; equal values share one."""
     _, place, number = values[valid].unique(return_inverse=True, return_counts=True)
@@ -112,7 +126,7 @@ def _keep_lowest(score, depth, density):
     return mask.view(depth.shape)
 
 
-SPARSIFIERS = {"random": random_points, "lidar": lidar_lines, "holes": sensor_holes, "patches": patches}
+SPARSIFIERS = {"random": random_points, "lidar": lidar_lines, "holes": sensor_holes, "patches": patches, "cells": cells}
 
 
 def thin(sample: dict, density: float, pattern: str, index: int) -> dict:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune.scenes import render_scenes
-from finetune.sparsify import SPARSIFIERS, lidar_lines, sensor_holes, thin
+from finetune.sparsify import SPARSIFIERS, cells, lidar_lines, sensor_holes, thin
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -85,10 +85,21 @@ def test_patches_are_dense_inside():
     assert full_cells("patches") > 3
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_cells_are_whole_and_each_of_another_row_and_column(seed):
+    mask = cells(torch.ones(1, 64, 64), 8 / 64, generator(seed))[0]
+    shares = mask.float().unflatten(0, (8, 8)).unflatten(2, (8, 8)).mean(dim=(1, 3))
+    assert torch.equal(shares.sum(0), torch.ones(8)) and torch.equal(shares.sum(1), torch.ones(8))
+    assert set(shares.flatten().tolist()) == {0.0, 1.0}
+    assert not torch.equal(mask, cells(torch.ones(1, 64, 64), 8 / 64, generator(seed + 5))[0])
+    wide = cells(torch.ones(1, 24, 64), 0.1, generator(seed))
+    assert wide.sum() == round(0.1 * 24 * 64)
+
+
 def test_sensors_do_not_see_the_sky():
     depth = torch.ones(1, 32, 32)
     depth[:, :16] = torch.inf
-    for name, sees in {"random": True, "patches": True, "lidar": False, "holes": False}.items():
+    for name, sees in {"random": True, "patches": True, "cells": True, "lidar": False, "holes": False}.items():
         masks = [SPARSIFIERS[name](depth, 0.2, generator(seed)) for seed in range(5)]
         assert any(mask[:, :16].any() for mask in masks) == sees
 
@@ -100,5 +111,5 @@ def test_samples_take_patterns_in_turn():
         mask = SPARSIFIERS[("random", "patches")[index % 2]](sample["depth"], 0.1, generator(index))
         assert torch.equal(thinned, torch.where(mask, torch.inf, 0.0))
     assert thin(sample, 1, "random", 0) is sample
-    with pytest.raises(ValueError, match="choose of random, lidar, holes, patches"):
+    with pytest.raises(ValueError, match="choose of random, lidar, holes, patches, cells"):
         thin(sample, 0.1, "random+stripes", 0)
