@@ -43,7 +43,7 @@ CONFIGS = Path(__file__).parent / "configs"
 BATCH = 50
 PRETRAINING = ["mode=all", "objective.distillation_high=0", "objective.distillation_low=0"]
 
-# What is trained: name, and how it differs from finetune/configs/embedded.yaml.
+# What is trained: name, and how it differs from finetune/configs/embedded.yaml with the settings of claims.yaml.
 RUNS = {
     "10% of the pixels": [],
     "dense": ["cache.depth_density=1.0"],
@@ -266,10 +266,9 @@ def measure(config: ClaimsConfig) -> dict[str, dict[str, float]]:
     make_random_base(config)
     for seed in config.seeds:
         for name in RUNS:
-            folder = train(config, name, seed)
             measured(
                 f"{name}, seed {seed}",
-                lambda f=folder: compared(load_pipeline(f), base, source, config.scenes),
+                lambda n=name, s=seed: compared(load_pipeline(train(config, n, s)), base, source, config.scenes),
             )
     return measured.numbers
 
