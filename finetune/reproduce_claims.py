@@ -69,7 +69,7 @@ TABLES = {
     "(b) Valid depth pixels in training": ("dense", "10% of the pixels", "5% of the pixels", "1% of the pixels"),
     "(c) Text-to-image pre-training": ("pre-trained", "not pre-trained"),
     "(e) Self-distillation, high / low": (
-        "10% of the pixels",  # 0.5 / 0.1, as embedded.yaml has it
+        "10% of the pixels",  # 0.5 / 0.1, as claims.yaml has it
         "distillation 0 / 0",
         "distillation 0.5 / 0.5",
         "distillation 2 / 0.4",
