@@ -17,6 +17,7 @@ from tqdm import tqdm
 from finetune.batches import LoaderConfig, fit
 from finetune.data import FolderSource, ReadReport, Source, WebDatasetSource, build_source, is_local, permutation
 from finetune.encoding import EncodedBatch, Encoder, LiveSamples
+from finetune.source_check import raise_together
 from finetune.sparsify import thin
 from mf_diffusers.datasets.folder import METADATA
 from mf_diffusers.files import atomic_write
@@ -180,6 +181,7 @@ def encode_samples(config: CacheConfig, source_config, pipe_config: dict, encode
 
     Raises:
         TooManyUnreadableError: more than 1% of the samples could not be read. Fewer are replaced, and listed.
+        ValueError: in all processes, if the folder of one of them lacks what others encoded.
     """
     if config.text != (encoder.encode_text is not None):
         raise SystemExit("error: cache.text must be true where the text encoder is frozen, false where it trains")
@@ -191,17 +193,26 @@ def encode_samples(config: CacheConfig, source_config, pipe_config: dict, encode
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "content.json").write_text(content)
 
-    processes = PartialState()
-    missing = [s for s in range(0, config.samples, SHARD) if not shard_path(folder, s // SHARD).is_file()]
-    mine, report = missing[processes.process_index :: processes.num_processes], ReadReport()
+    processes, report = PartialState(), ReadReport()
+    starts = range(0, config.samples, SHARD)
+    # Dealt by number, not by what is missing: that changes while other processes encode.
+    mine = absent_shards(folder, starts[processes.process_index :: processes.num_processes])
     for start in tqdm(mine, desc="encoding samples", unit="shard", disable=not mine):
         encode_shard(config, source, range(start, min(start + SHARD, config.samples)), encoder, report, folder)
     processes.wait_for_everyone()
+    absent = absent_shards(folder, starts)
+    fault = f"{len(absent)} of {len(starts)} shards are not in {folder}: cache.folder must be shared between nodes"
+    raise_together(fault if absent else None)
     samples = EncodedSamples(folder, config.samples)
     samples.report.check(at_least=1)
     if processes.is_main_process and samples.report.failures:
         print(samples.report)
     return samples
+
+
+def absent_shards(folder: Path, starts: range) -> list[int]:
+    """Those shards, named by their first sample, that are not in the folder."""
+    return [start for start in starts if not shard_path(folder, start // SHARD).is_file()]
 
 
 def encode_shard(config: CacheConfig, source: Source, indices: range, encoder, report: ReadReport, folder: Path):

@@ -148,3 +148,37 @@ def test_one_of_few_is_more_than_a_percent(tmp_path, encoder, frames):
     (tmp_path / "frames" / "5.png").write_bytes(b"")
     with pytest.raises(TooManyUnreadableError, match=r"(?s)1 of 13 .*5\.png"):
         encode_samples(settings(tmp_path), frames, {}, encoder)
+
+
+class StandInProcess(SimpleNamespace):
+    """One of two processes, as `encode_samples` sees itself; what the other does meanwhile is done at the barrier."""
+
+    num_processes = 2
+    is_main_process = False
+
+    def wait_for_everyone(self):
+        self.meanwhile()
+
+
+def test_processes_that_look_at_different_times_share_the_shards(tmp_path, encoder, frames, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        cache_module, "encode_shard", lambda *a, f=cache_module.encode_shard: written.append(a[2]) or f(*a)
+    )
+
+    def encode_in(process, meanwhile):
+        monkeypatch.setattr(
+            cache_module, "PartialState", lambda: StandInProcess(process_index=process, meanwhile=meanwhile)
+        )
+        return encode_samples(settings(tmp_path), frames, {}, encoder)
+
+    samples = encode_in(0, meanwhile=lambda: encode_in(1, meanwhile=lambda: None))
+    assert written == [range(0, 4), range(8, 12), range(4, 8)]
+    assert samples.captions(12) == [build_source(frames)[index]["caption"] for index in range(12)]
+
+
+def test_a_folder_that_processes_do_not_share(tmp_path, encoder, frames, monkeypatch):
+    alone = StandInProcess(process_index=0, meanwhile=lambda: None)
+    monkeypatch.setattr(cache_module, "PartialState", lambda: alone)
+    with pytest.raises(ValueError, match=rf"1 of 3 shards are not in {tmp_path / 'cache'}/\w+: .* shared"):
+        encode_samples(settings(tmp_path), frames, {}, encoder)
