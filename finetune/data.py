@@ -28,7 +28,15 @@ import torch
 from PIL import Image
 
 from finetune.scenes import SPLITS, render_scenes
-from mf_diffusers.datasets.folder import METADATA, DepthFormat, fit_depth, read_rows, upright_size
+from mf_diffusers.datasets.folder import (
+    METADATA,
+    Caption,
+    DepthFormat,
+    captions_of,
+    fit_depth,
+    read_rows,
+    upright_size,
+)
 from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_image
 from mf_diffusers.modality_forcing.image_processor import as_rgb, image_to_tensor
 
@@ -57,6 +65,7 @@ class FolderConfig:
     path: str = ""
     shuffle: bool = True  # anew in every epoch; False: as in the file
     seed: int = 0
+    caption_weights: dict[str, float] = field(default_factory=dict)  # see `CaptionDraw`
 
 
 @dataclass
@@ -69,6 +78,7 @@ class WebDatasetConfig:
     width: int = 512
     shuffle_buffer: int = 1000  # samples held undecoded; 0: as in the shards
     seed: int = 0
+    caption_weights: dict[str, float] = field(default_factory=dict)  # see `CaptionDraw`
 
 
 @dataclass
@@ -177,13 +187,40 @@ class ScenesSource(Source):
         ]
 
 
+class CaptionDraw:
+    """Draws one of a sample's captions, by (seed, index).
+
+    Captions without a kind weigh the same, as all do without `weights`. Otherwise every kind needs a weight; where a
+    sample lacks a kind, the others keep their proportions, and what weighs 0 is never drawn.
+
+    Raises ValueError for weights that are no numbers from 0 on, or all 0.
+    """
+
+    def __init__(self, weights: Mapping[str, float], seed: int):
+        values = np.array(list(weights.values()), dtype=np.float64)
+        if len(values) and not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+            raise ValueError(f"caption_weights {dict(weights)} must be 0 or above, and not all 0")
+        self.weights, self.seed = dict(weights), seed
+
+    def __call__(self, captions: list[Caption], index: int) -> str:
+        """The caption of sample `index`, "" where there is none. Raises ValueError for a kind without a weight."""
+        unknown = sorted({caption.kind for caption in captions if caption.kind is not None} - self.weights.keys())
+        if self.weights and unknown:
+            raise ValueError(f"captions of the kinds {unknown} have no weight in caption_weights {self.weights}")
+        weights = [self.weights.get(caption.kind, 1) for caption in captions]
+        if not any(weights):
+            return ""
+        return random.Random(f"caption {self.seed} {index}").choices(captions, weights)[0].text
+
+
 class FolderSource(Source):
     """A folder with `metadata.jsonl`, see `mf_diffusers.datasets.folder` for its keys.
 
-    Index i is sample i % len of epoch i // len; with `shuffle`, every epoch has an order of its own.
+    Index i is sample i % len of epoch i // len; with `shuffle`, every epoch has an order of its own. Of several
+    captions `CaptionDraw` takes one, anew in every epoch.
 
-    Raises FileNotFoundError for a missing folder, metadata or listed file, ValueError for a bad line (with its number).
-    Warns once of keys that it does not know.
+    Raises FileNotFoundError for a missing folder, metadata or listed file, ValueError for a bad line (with its number)
+    or caption weights of other kinds than the lines have. Warns once of keys that it does not know.
     """
 
     def __init__(self, config: FolderConfig):
@@ -192,9 +229,14 @@ class FolderSource(Source):
         self.rows, self._sizes = read_rows(self.folder), {}
         listed = [name for row in self.rows for name in (row.image, row.depth) if name]
         absent = [name for name in listed if not (self.folder / name).is_file()]
+        where = self.folder / METADATA
         if absent or not listed:
-            where = self.folder / METADATA
             raise FileNotFoundError(f"{where}: {len(absent)} of {len(listed)} files are absent: {absent[:5]}")
+        self._draw_caption = CaptionDraw(config.caption_weights, config.seed)
+        kinds = {caption.kind for row in self.rows for caption in row.captions} - {None}
+        weighted = self._draw_caption.weights.keys()
+        if weighted and weighted != kinds:
+            raise ValueError(f"{where}: kinds of captions are {sorted(kinds)}, of caption_weights {sorted(weighted)}")
 
     def __len__(self):
         return len(self.rows)
@@ -216,7 +258,8 @@ class FolderSource(Source):
         number = self._row(index)
         row = self.rows[number]
         depth = row.depth_format.read(self.folder / row.depth) if row.depth else None
-        return make_sample(read_image(self.folder / row.image), depth, row.text, f"{self.folder.name}:{number:05d}")
+        caption, key = self._draw_caption(row.captions, index), f"{self.folder.name}:{number:05d}"
+        return make_sample(read_image(self.folder / row.image), depth, caption, key)
 
 
 def is_local(shard: str) -> bool:
@@ -235,7 +278,7 @@ class WebDatasetSource(Source):
     (seed, epoch), and samples pass a shuffle buffer. Going to a position, as a resumed run does, means reading the
     lane up to it: nothing is decoded, but every byte before it is read, about a second per gigabyte from a local disk.
 
-    Raises FileNotFoundError for missing shards, ValueError when there are fewer shards than lanes.
+    Raises FileNotFoundError for missing shards, ValueError when there are fewer shards than lanes, or for bad weights.
     """
 
     def __init__(self, config: WebDatasetConfig):
@@ -246,6 +289,7 @@ class WebDatasetSource(Source):
         absent = [s for s in self.shards if is_local(s) and not Path(s).is_file()]
         if absent or not self.shards:
             raise FileNotFoundError(f"shards {config.shards!r}: {len(absent)} are absent: {absent[:5]}")
+        self._draw_caption = CaptionDraw(config.caption_weights, config.seed)
         self.split(1)
 
     def split(self, lanes: int) -> None:
@@ -262,7 +306,7 @@ class WebDatasetSource(Source):
         raw = self._raw(index)
         key = f"{Path(raw['__url__']).stem}/{raw['__key__']}"
         try:
-            return self._decode(raw, key)
+            return self._decode(raw, key, index)
         except Exception as error:  # decoders meet damaged files with errors of many types
             raise ValueError(f"{key}: {error}") from error
 
@@ -301,15 +345,14 @@ class WebDatasetSource(Source):
             except Exception as error:  # the rest of the shard is lost, and counts as one unreadable sample
                 yield {"__url__": shard, "__key__": "(damaged shard)", "error": error}
 
-    @staticmethod
-    def _decode(raw, key):
+    def _decode(self, raw, key, index):
         if "error" in raw:
             raise raw["error"]
         image = next((raw[name] for name in SHARD_IMAGES if name in raw), None)
         if image is None:
             raise ValueError(f"no picture ({', '.join(SHARD_IMAGES)}) among {sorted(raw)}")
         entry = json.loads(raw.get("json", "{}"))
-        caption = raw["txt"].decode() if "txt" in raw else entry.get("text") or ""
+        captions = captions_of(raw["txt"].decode() if "txt" in raw else entry.get("text"))
         depth = None
         suffix = next((suffix for suffix in DEPTH_SUFFIXES if f"depth{suffix}" in raw), None)
         if suffix is not None:
@@ -318,7 +361,7 @@ class WebDatasetSource(Source):
                 file.flush()
                 depth = DepthFormat.from_metadata(entry).read(file.name)
         with Image.open(io.BytesIO(image)) as picture:
-            return make_sample(as_rgb(picture), depth, caption, key)
+            return make_sample(as_rgb(picture), depth, self._draw_caption(captions, index), key)
 
 
 class MixtureSource(Source):

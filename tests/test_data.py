@@ -14,6 +14,7 @@ from PIL import Image
 
 from finetune.batches import BatchLoader, BucketBatchSampler, LoaderConfig, fit
 from finetune.data import (
+    CaptionDraw,
     DepthFormat,
     FolderConfig,
     MixtureConfig,
@@ -22,6 +23,7 @@ from finetune.data import (
     TooManyUnreadableError,
     WebDatasetConfig,
     build_source,
+    captions_of,
 )
 from mf_diffusers.depth_io import read_depth, write_depth
 
@@ -65,6 +67,26 @@ def make_shards(path: Path, shards: int = 6, length: int = 7) -> WebDatasetConfi
                 sample = {"__key__": f"{number:05d}", "png": encoded(picture(number)), "txt": f"picture {number}"}
                 writer.write(sample | {"depth.npy": depth.getvalue(), "json": {"depth_scale": 0.5, "anything": [1]}})
     return WebDatasetConfig(shards=f"{path}/s-{{000..{shards - 1:03d}}}.tar", height=32, width=32, shuffle_buffer=5)
+
+
+def captioned_folder(path: Path, *texts, **config) -> FolderConfig:
+    """A folder of pictures with these captions."""
+    path.mkdir()
+    lines = [json.dumps({"file_name": f"{k}.png", "text": text}) for k, text in enumerate(texts)]
+    for k in range(len(texts)):
+        picture(k).save(path / f"{k}.png")
+    (path / "metadata.jsonl").write_text("\n".join(lines))
+    return FolderConfig(path=str(path), shuffle=False, **config)
+
+
+def captioned_shard(path: Path, *texts, **config) -> WebDatasetConfig:
+    """A shard of pictures with these captions in their JSON."""
+    webdataset = pytest.importorskip("webdataset")
+    path.mkdir()
+    with webdataset.TarWriter(str(path / "s.tar")) as writer:
+        for k, text in enumerate(texts):
+            writer.write({"__key__": str(k), "png": encoded(picture(k)), "json": {"text": text}})
+    return WebDatasetConfig(shards=f"{path}/s.tar", shuffle_buffer=0, **config)
 
 
 def encoded(image: Image.Image) -> bytes:
@@ -122,6 +144,50 @@ def test_folder_shuffles_every_epoch_anew(tmp_path):
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 12 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert same[17]["key"] == epochs[1][5]
+
+
+SEVERAL = {"alt": "a", "recaption": "b", "tags": "c"}
+
+
+@pytest.mark.parametrize("captioned", [captioned_folder, captioned_shard])
+def test_one_of_several_captions(tmp_path, captioned):
+    """Those that are there keep the proportions of their weights."""
+    texts = [SEVERAL, {"alt": "a", "recaption": None, "tags": "c"}, {"tags": "c"}, "plain", ["x", "y"], None]
+    weights = {"alt": 1, "recaption": 3, "tags": 0}
+    config = captioned(tmp_path / "data", *texts, caption_weights=weights, seed=1)
+    source, found = build_source(config), {k: [] for k in range(len(texts))}
+    for index in range(150 * len(texts)):
+        found[index % len(texts)].append(source[index]["caption"])
+    assert set(found[0]) == {"a", "b"} and set(found[1]) == {"a"} and set(found[2]) == set(found[5]) == {""}
+    assert set(found[3]) == {"plain"} and abs(found[4].count("x") / 150 - 0.5) < 0.1
+    assert abs(found[0].count("b") / 150 - 0.75) < 0.1
+    again = build_source(config)
+    assert [again[index]["caption"] for index in range(0, 60, 6)] == found[0][:10]
+    config.seed = 2
+    assert [build_source(config)[index]["caption"] for index in range(0, 120, 6)] != found[0][:20]
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"), [({}, [1 / 3] * 3), ({"alt": 0.2, "recaption": 0.5, "tags": 0.3}, [0.2, 0.5, 0.3])]
+)
+def test_shares_of_captions(weights, shares):
+    draw = CaptionDraw(weights, seed=3)
+    counts = Counter(draw(captions_of(SEVERAL), index) for index in range(20_000))
+    np.testing.assert_allclose([counts[caption] / 20_000 for caption in "abc"], shares, atol=0.01)
+
+
+def test_kinds_of_captions_without_a_weight(tmp_path):
+    folder = captioned_folder(tmp_path / "folder", SEVERAL, caption_weights={"alt": 1, "recap": 1})
+    with pytest.raises(ValueError, match=r"\['alt', 'recaption', 'tags'\], of caption_weights \['alt', 'recap'\]"):
+        build_source(folder)
+    shard = build_source(captioned_shard(tmp_path / "shard", SEVERAL, 3, caption_weights={"alt": 1, "recap": 1}))
+    with pytest.raises(ValueError, match=r"s/0: captions of the kinds \['recaption', 'tags'\] have no weight"):
+        shard[0]
+    with pytest.raises(ValueError, match="s/1: text is a string, a list of strings, or strings by kind, not 3"):
+        shard[1]
+    for weights in ({"alt": -1}, {"alt": 0}, {"alt": float("nan")}, {"alt": "often"}):
+        with pytest.raises(ValueError, match=r"caption_weights|often"):
+            CaptionDraw(weights, seed=0)
 
 
 STORED = np.array([[0, 1000], [2000, 65535]], dtype=np.uint16)
@@ -383,7 +449,9 @@ def test_damaged_shards(tmp_path):
         ("{broken", "line 2"),
         ("[1]", "line 2: no JSON object"),
         ('{"text": "a"}', "line 2: needs file_name"),
-        ('{"file_name": "0.png", "text": 3}', "line 2: .* strings"),
+        ('{"file_name": "0.png", "depth_file_name": 3}', "line 2: .* strings"),
+        ('{"file_name": "0.png", "text": {"alt": 3}}', "line 2: text is a string, .* not {'alt': 3}"),
+        ('{"file_name": "0.png", "text": [["a"]]}', "line 2: text is a string, .* not "),
         ('{"file_name": "0.png", "depth_scale": "mm"}', "line 2: depth_scale.* not 'mm'"),
         ('{"file_name": "0.png", "depth_scale": -1}', "line 2: .*positive"),
         ('{"file_name": "0.png", "depth_invalid": ["a"]}', "line 2: .*depth_invalid"),

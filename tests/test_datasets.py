@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import math
 
 import numpy as np
@@ -34,6 +35,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from mf_diffusers.datasets import DATASETS, Frame
+from mf_diffusers.datasets.folder import Folder
 from mf_diffusers.geometry import unproject
 
 
@@ -526,3 +528,12 @@ def test_names_leave_out_hidden_files(tmp_path):
     write_tartanair_2(trajectory, "000001")
     (trajectory / "depth_lcam_front" / "._000001_lcam_front_depth.png").write_bytes(b"from another system")
     assert len(DATASETS["tartanair"](tmp_path)) == 1
+
+
+def test_folder_frames_have_the_first_caption(tmp_path):
+    texts = [{"alt": "a kitchen", "recaption": "a bright kitchen"}, ["a", "b"], "c", None]
+    lines = [json.dumps({"file_name": f"{k}.png", "text": text}) for k, text in enumerate(texts)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    for k in range(len(texts)):
+        save_image(tmp_path / f"{k}.png", picture(4, 5))
+    assert [frame.caption for frame in Folder(tmp_path)] == ["a kitchen", "a", "c", ""]

@@ -1,10 +1,11 @@
 """A folder of pictures with `metadata.jsonl`: the project's own convention, for training and for evaluation.
 
 `metadata.jsonl` has one JSON object per line, as Hugging Face `datasets` reads with ImageFolder. Keys: `file_name`
-(required) and `depth_file_name`, relative to the folder; `text`, the caption; and for the depth `depth_encoding`
-(linear, the default; inverse: 1/depth is stored; millimetres; kitti: metres times 256; sun3d: millimetres, their 16
-bits rotated left by 3), `depth_scale` (what stored values of the first two are multiplied by), `depth_invalid` (a
-stored value, or a list, that means missing) and `depth_max` (what is farther is missing).
+(required) and `depth_file_name`, relative to the folder; `text`, the caption, or several of them in a list or by kind
+({"alt": "...", "recaption": "..."}); and for the depth `depth_encoding` (linear, the default; inverse: 1/depth is
+stored; millimetres; kitti: metres times 256; sun3d: millimetres, their 16 bits rotated left by 3), `depth_scale` (what
+stored values of the first two are multiplied by), `depth_invalid` (a stored value, or a list, that means missing) and
+`depth_max` (what is farther is missing).
 
 A frame of SUN RGB-D, for one, needs no conversion:
 
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -78,13 +80,34 @@ class DepthFormat:
         return np.where(depth <= min(self.maximum, np.finfo(np.float32).max), depth, np.float32(0))
 
 
+class Caption(NamedTuple):
+    """A caption and its kind, None where it has none."""
+
+    text: str
+    kind: str | None = None
+
+
+def captions_of(text) -> list[Caption]:
+    """The captions in `text` of a sample's metadata, without the empty ones.
+
+    Raises ValueError unless it is a string, a list of strings, or strings by kind; null counts as empty.
+    """
+    if isinstance(text, Mapping):
+        captions = [Caption(caption, kind) for kind, caption in text.items()]
+    else:
+        captions = [Caption(caption) for caption in (text if isinstance(text, list) else [text])]
+    if not all(isinstance(caption.text, str | None) for caption in captions):
+        raise ValueError(f"text is a string, a list of strings, or strings by kind, not {text!r}")
+    return [caption for caption in captions if caption.text]
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of `metadata.jsonl`: files relative to the folder, `depth` "" where there is none."""
 
     image: str
     depth: str
-    text: str
+    captions: list[Caption]
     depth_format: DepthFormat
 
 
@@ -133,8 +156,8 @@ def fit_depth(depth, size, name) -> np.ndarray:
 class Folder:
     """The frames of a folder with `metadata.jsonl`. Depth is brought to the size of its picture, see `fit_depth`.
 
-    A frame's name is its `file_name` without the suffix. Raises what `read_rows` raises, and ValueError when two lines
-    have the same name.
+    A frame's name is its `file_name` without the suffix, its caption the first of its line. Raises what `read_rows`
+    raises, and ValueError when two lines have the same name.
     """
 
     def __init__(self, root):
@@ -154,13 +177,13 @@ class Folder:
         depth = np.zeros(image.shape[:2], dtype=np.float32)
         if row.depth:
             depth = fit_depth(row.depth_format.read(self.root / row.depth), depth.shape, name)
-        return Frame(name, image, depth, caption=row.text)
+        return Frame(name, image, depth, caption=row.captions[0].text if row.captions else "")
 
 
 def _parsed(entry) -> Row:
     if not isinstance(entry, dict):
         raise ValueError("no JSON object")
-    image, depth, text = (entry.get(key) or "" for key in ("file_name", "depth_file_name", "text"))
-    if not image or not all(isinstance(value, str) for value in (image, depth, text)):
-        raise ValueError("needs file_name; it, depth_file_name and text are strings")
-    return Row(image, depth, text, DepthFormat.from_metadata(entry))
+    image, depth = (entry.get(key) or "" for key in ("file_name", "depth_file_name"))
+    if not image or not all(isinstance(value, str) for value in (image, depth)):
+        raise ValueError("needs file_name; it and depth_file_name are strings")
+    return Row(image, depth, captions_of(entry.get("text")), DepthFormat.from_metadata(entry))
