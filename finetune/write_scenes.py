@@ -2,7 +2,8 @@
 
     python finetune/write_scenes.py FOLDER [--split validation] [--count 500] [--height 64] [--width 64]
 
-Pictures are 8-bit PNG, depth is float32 npy in metres with inf in the sky, captions stand in metadata.jsonl.
+Pictures are 8-bit PNG, depth is float32 npy in metres with inf in the sky; metadata.jsonl has captions, and says of inf
+that it is infinitely far.
 """
 
 import json
@@ -46,7 +47,7 @@ def main(
                 Image.fromarray(levels.numpy()).save(temporary / f"{index:05}.png")
                 np.save(temporary / f"{index:05}.npy", sample["depth"][0].numpy())
                 names = {"file_name": f"{index:05}.png", "depth_file_name": f"{index:05}.npy"}
-                lines.append(json.dumps(names | {"text": sample["caption"]}) + "\n")
+                lines.append(json.dumps(names | {"text": sample["caption"], "depth_infinite": "inf"}) + "\n")
         (temporary / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
         place_folder(temporary, folder)
 

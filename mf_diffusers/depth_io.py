@@ -45,7 +45,7 @@ def read_image(path):
         raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
 
 
-def read_depth(path, scale=None, invalid=None, key=None):
+def read_depth(path, scale=None, invalid=None, key=None, infinite=None):
     """Read a depth map; the suffix (any of `DEPTH_SUFFIXES`) decides the format.
 
     Args:
@@ -55,10 +55,11 @@ def read_depth(path, scale=None, invalid=None, key=None):
         invalid: a stored value (before scaling), or a tuple of them, that means "missing", e.g. 65535 or 1e10.
         key: which array of an npz or channel of an EXR. None: for npz "depth", or the only array; for EXR the first
             of Z, Y, depth, R, or the only channel.
+        infinite: a stored value (before scaling, inf among them), or a tuple of them, that means "infinitely far".
 
     Returns:
-        float32 (H, W), 0 where depth is missing: NaN, infinite (also when too large for float32), zero or negative,
-        or listed in `invalid`.
+        float32 (H, W), inf where listed in `infinite`, and 0 where depth is missing: NaN, infinite (also when too large
+        for float32), zero or negative, or listed in `invalid`.
 
     Warns with UserWarning when the depth has only the 256 levels of 8 bits.
 
@@ -70,9 +71,12 @@ def read_depth(path, scale=None, invalid=None, key=None):
         raise ValueError(f"{path}: scale={scale!r} must be a positive number, e.g. 1/1000 for millimetres")
     stored, noted_scale = _read_stored(path, key)
     try:
-        depth = _scaled(stored, _noted_scale(noted_scale) if scale is None else scale, invalid)
+        depth = _scaled(stored, _noted_scale(noted_scale) if scale is None else scale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    for values, meaning in ((invalid, 0), (infinite, np.inf)):
+        if values is not None:
+            depth[_is_stored(values, stored).reshape(depth.shape)] = meaning
     if stored.dtype == np.uint8:
         warnings.warn(
             f"{path}: 8-bit depth has only 256 levels; give 16-bit PNG or float depth if there is any",
@@ -184,17 +188,17 @@ def _read_stored(path, key):
         raise ValueError(f"{path}: damaged, or not the {suffix} file that its name says: {error}") from error
 
 
-def _scaled(stored, scale, invalid):
+def _scaled(stored, scale):
     depth = as_depth_map(stored)
-    if scale != 1:
-        depth = as_depth_map(np.multiply(depth, scale, dtype=np.float64))
-    if invalid is not None:
-        # 0.1 as float32 is not 0.1 as float64: compare in the precision in which the file stores its values.
-        precision = stored.dtype if stored.dtype.kind == "f" else np.float64
-        with np.errstate(over="ignore"):
-            missing = np.isin(stored, np.asarray(invalid, dtype=precision))
-        depth[missing.reshape(depth.shape)] = 0
-    return depth
+    return depth if scale == 1 else as_depth_map(np.multiply(depth, scale, dtype=np.float64))
+
+
+def _is_stored(values, stored):
+    """Where a file stores one of some values."""
+    # 0.1 as float32 is not 0.1 as float64: compare in the precision in which the file stores its values.
+    precision = stored.dtype if stored.dtype.kind == "f" else np.float64
+    with np.errstate(over="ignore"):
+        return np.isin(stored, np.asarray(values, dtype=precision))
 
 
 def _read_picture(path, key):

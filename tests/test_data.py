@@ -205,6 +205,18 @@ STORED = np.array([[0, 1000], [2000, 65535]], dtype=np.uint16)
         ({"depth_encoding": "kitti"}, STORED, [[0, 1000 / 256], [2000 / 256, 65535 / 256]]),
         ({"depth_encoding": "inverse", "depth_scale": 0.001}, STORED, [[0, 1], [0.5, 1 / 65.535]]),
         ({"depth_encoding": "sun3d"}, (STORED << 3) | (STORED >> 13), [[0, 1], [2, 65.535]]),
+        ({"depth_scale": 0.01, "depth_infinite": 65535}, STORED, [[0, 10], [20, np.inf]]),
+        (
+            {"depth_encoding": "kitti", "depth_max": 5, "depth_infinite": [2000, 65535]},
+            STORED,
+            [[0, 1000 / 256], [np.inf, np.inf]],
+        ),
+        (
+            {"depth_encoding": "inverse", "depth_scale": 0.001, "depth_infinite": 0},
+            STORED,
+            [[np.inf, 1], [0.5, 1 / 65.535]],
+        ),
+        ({"depth_encoding": "sun3d", "depth_infinite": 65535}, (STORED << 3) | (STORED >> 13), [[0, 1], [2, np.inf]]),
     ],
 )
 def test_depth_encodings(tmp_path, metadata, stored, expected):
@@ -214,10 +226,34 @@ def test_depth_encodings(tmp_path, metadata, stored, expected):
     np.testing.assert_allclose(depth, expected, rtol=1e-6)
 
 
-def test_infinity_is_missing(tmp_path):
+def test_infinity_is_missing_unless_metadata_says_more(tmp_path):
     np.save(tmp_path / "depth.npy", np.array([[np.inf, 1e-45, 2, np.nan]], dtype=np.float32))
     np.testing.assert_array_equal(DepthFormat("linear").read(tmp_path / "depth.npy"), [[0, np.float32(1e-45), 2, 0]])
     np.testing.assert_array_equal(DepthFormat("inverse").read(tmp_path / "depth.npy"), [[0, 0, 0.5, 0]])
+
+
+@pytest.mark.parametrize("encoding, near, far", [("linear", 2, 1e10), ("inverse", 0.5, 1e-10)])
+def test_infinity_that_is_known(tmp_path, encoding, near, far):
+    np.save(tmp_path / "depth.npy", np.array([[np.inf, 1e10, 2, np.nan, 0, -np.inf]], dtype=np.float32))
+    for infinite, second in (("inf", far), (["inf", 1e10], np.inf)):
+        entry = {"depth_encoding": encoding, "depth_infinite": infinite}
+        depth = DepthFormat.from_metadata(entry).read(tmp_path / "depth.npy")
+        np.testing.assert_allclose(depth, [[np.inf, second, near, 0, 0, 0]], rtol=1e-6)
+
+
+def test_sky_in_shards(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    depth = np.full((32, 32), 2, dtype=np.float32)
+    depth[:8] = np.inf
+    buffer = io.BytesIO()
+    np.save(buffer, depth)
+    sample = {"png": encoded(picture(0)), "depth.npy": buffer.getvalue()}
+    with webdataset.TarWriter(str(tmp_path / "s.tar")) as writer:
+        writer.write({"__key__": "0", **sample, "json": {"depth_infinite": "inf"}})
+        writer.write({"__key__": "1", **sample})
+    source = build_source(WebDatasetConfig(shards=f"{tmp_path}/s.tar", shuffle_buffer=0))
+    assert np.array_equal(source[0]["depth"][0], depth)
+    assert np.array_equal(source[1]["depth"][0], np.where(np.isinf(depth), 0, depth))
 
 
 @pytest.mark.skipif(not RGBD.is_dir(), reason="no real frames here")
@@ -455,6 +491,7 @@ def test_damaged_shards(tmp_path):
         ('{"file_name": "0.png", "depth_scale": "mm"}', "line 2: depth_scale.* not 'mm'"),
         ('{"file_name": "0.png", "depth_scale": -1}', "line 2: .*positive"),
         ('{"file_name": "0.png", "depth_invalid": ["a"]}', "line 2: .*depth_invalid"),
+        ('{"file_name": "0.png", "depth_infinite": "far"}', "line 2: .*depth_infinite.* not 'far'"),
         ('{"file_name": "0.png", "depth_encoding": "feet"}', "line 2: depth_encoding 'feet' is none of linear"),
         ('{"file_name": "0.png", "depth_encoding": "kitti", "depth_scale": 1}', "line 2: depth_scale does not go"),
     ],

@@ -4,8 +4,8 @@
 (required) and `depth_file_name`, relative to the folder; `text`, the caption, or several of them in a list or by kind
 ({"alt": "...", "recaption": "..."}); and for the depth `depth_encoding` (linear, the default; inverse: 1/depth is
 stored; millimetres; kitti: metres times 256; sun3d: millimetres, their 16 bits rotated left by 3), `depth_scale` (what
-stored values of the first two are multiplied by), `depth_invalid` (a stored value, or a list, that means missing) and
-`depth_max` (what is farther is missing).
+stored values of the first two are multiplied by), `depth_invalid` (a stored value, or a list, that means missing),
+`depth_infinite` (the same, or "inf", that means infinitely far) and `depth_max` (what else is farther is missing).
 
 A frame of SUN RGB-D, for one, needs no conversion:
 
@@ -33,7 +33,7 @@ METADATA = "metadata.jsonl"
 DEPTH_ENCODINGS = {"linear": None, "inverse": None, "millimetres": 1 / 1000, "kitti": 1 / 256, "sun3d": 1 / 1000}
 """Encoding: its scale to metres, or None where `depth_scale` gives the scale."""
 
-DEPTH_KEYS = {"depth_scale", "depth_invalid", "depth_encoding", "depth_max"}
+DEPTH_KEYS = {"depth_scale", "depth_invalid", "depth_infinite", "depth_encoding", "depth_max"}
 METADATA_KEYS = {"file_name", "depth_file_name", "text"} | DEPTH_KEYS
 ASPECT_TOLERANCE = 0.02  # by which the aspect ratios of an image and its depth may differ
 EXIF_ORIENTATION, EXIF_TURNED = 274, (5, 6, 7, 8)
@@ -45,7 +45,8 @@ class DepthFormat:
 
     encoding: str = "linear"
     scale: float | None = None
-    invalid: tuple[float, ...] | None = None
+    invalid: tuple[float, ...] = ()
+    infinite: tuple[float, ...] = ()
     maximum: float = math.inf
 
     @classmethod
@@ -57,27 +58,35 @@ class DepthFormat:
             raise ValueError(f"depth_encoding {encoding!r} is none of {', '.join(DEPTH_ENCODINGS)}")
         if "depth_scale" in entry and DEPTH_ENCODINGS[encoding] is not None:
             raise ValueError(f"depth_scale does not go with depth_encoding {encoding!r}, which has its own")
-        invalid = entry.get("depth_invalid", [])
-        invalid = invalid if isinstance(invalid, list) else [invalid]
+        stored = (entry.get(key, []) for key in ("depth_invalid", "depth_infinite"))
+        invalid, infinite = (value if isinstance(value, list) else [value] for value in stored)
+        infinite = [math.inf if value == "inf" else value for value in infinite]
         scale, maximum = entry.get("depth_scale", DEPTH_ENCODINGS[encoding]), entry.get("depth_max", math.inf)
-        for value in (*invalid, maximum, *([] if scale is None else [scale])):
+        for value in (*invalid, *infinite, maximum, *([] if scale is None else [scale])):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"depth_scale, depth_invalid and depth_max take numbers, not {value!r}")
+                keys = "depth_scale, depth_invalid, depth_infinite and depth_max"
+                raise ValueError(f"{keys} take numbers, not {value!r}")
         if maximum <= 0 or (scale is not None and scale <= 0):
             raise ValueError("depth_scale and depth_max must be positive")
-        return cls(encoding, scale, tuple(invalid) or None, maximum)
+        return cls(encoding, scale, tuple(invalid), tuple(infinite), maximum)
 
     def read(self, path) -> np.ndarray:
-        """Depth (H, W), float32, 0 where missing. Raises ValueError and FileNotFoundError as `read_depth` does."""
+        """Depth (H, W), float32, 0 where missing and inf where infinite.
+
+        Raises ValueError and FileNotFoundError as `read_depth` does.
+        """
         sun3d = self.encoding == "sun3d"
-        depth = read_depth(path, scale=1 if sun3d else self.scale, invalid=self.invalid)
+        depth = read_depth(path, scale=1 if sun3d else self.scale, invalid=self.invalid, infinite=self.infinite)
+        infinite = np.isinf(depth)
+        depth[infinite] = 0
         if sun3d:
             stored = depth.astype(np.uint16)
             depth = ((stored >> 3) | (stored << 13)) * np.float32(self.scale)
         if self.encoding == "inverse":
             with np.errstate(over="ignore"):
                 depth = np.divide(1, depth, out=np.zeros_like(depth), where=depth > 0)
-        return np.where(depth <= min(self.maximum, np.finfo(np.float32).max), depth, np.float32(0))
+        depth = np.where(depth <= min(self.maximum, np.finfo(np.float32).max), depth, np.float32(0))
+        return np.where(infinite, np.float32(np.inf), depth)
 
 
 class Caption(NamedTuple):
