@@ -14,6 +14,7 @@ from finetune.batches import fit
 from finetune.data import ReadReport, Source
 from finetune.encoding import EncodedBatch, Encoder
 from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers.depth_io import as_depth_map
 from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.modality_forcing.image_processor import processing_size
@@ -39,7 +40,7 @@ def read_batches(
 
 
 def depth_rows(pipe: ModalityForcingPipeline, indices, samples, steps: int = 4, **kwargs) -> list[dict[str, float]]:
-    """Metrics of image -> depth, affine-aligned, of each sample of a batch that has depth."""
+    """Metrics of image -> depth, affine-aligned, of each sample of a batch that has finite depth."""
     depths = pipe(
         image=torch.stack([sample["image"] for sample in samples]),
         num_inference_steps=steps,
@@ -47,7 +48,7 @@ def depth_rows(pipe: ModalityForcingPipeline, indices, samples, steps: int = 4, 
         output_type="np",
         **kwargs,
     ).depth
-    truths = [sample["depth"][0].numpy() for sample in samples]
+    truths = [as_depth_map(sample["depth"]) for sample in samples]
     return [
         depth_metrics(align_affine_robust(depth, truth).apply(depth), truth)
         for depth, truth in zip(depths, truths)
@@ -108,7 +109,7 @@ def picture_grid(
     prompts = [sample["caption"] for sample in batch]
     images, truth = (torch.stack([sample[name] for sample in batch]) for name in ("image", "depth"))
 
-    with_depth = [i for i in range(count) if truth[i].any()]
+    with_depth = [i for i in range(count) if as_depth_map(truth[i]).any()]
 
     def generators(chosen=range(count)):
         return [torch.Generator().manual_seed(i) for i in chosen]

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import SCENES, base, cache, frames, settings  # noqa: F401
 
 from finetune import post_train, pretrain, validation
-from finetune.data import FolderConfig, ReadReport, ScenesConfig, build_source
+from finetune.data import FolderConfig, ReadReport, ScenesConfig, Source, build_source
 from finetune.encoding import Encoder
 from finetune.validation import LEVELS, image_to_depth_metrics, level_losses, read_batches
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
@@ -59,6 +59,22 @@ def test_losses_at_a_level_are_those_of_the_objective(pipe):
         assert alone[key][0] == pytest.approx(values[1], rel=1e-3)
     smaller = level_losses(losses_at, encoder, 256, indices, samples)
     assert smaller["rgb", 0.5] != found["rgb", 0.5] and seen[-1][0].depth.shape[-2:] == (16, 16)
+
+
+class HalfSky(Source):
+    """Scenes, of which every other one has infinite depth alone."""
+
+    def __init__(self):
+        self.scenes = build_source(ScenesConfig(height=32, width=32, supersample=1))
+
+    def __getitem__(self, index):
+        sample = self.scenes[index]
+        return sample | {"depth": torch.full_like(sample["depth"], torch.inf)} if index % 2 else sample
+
+
+def test_samples_that_are_all_sky_have_no_metrics(pipe):
+    assert image_to_depth_metrics(pipe, HalfSky(), 4, steps=1)["images"] == 2
+    assert validation.picture_grid(pipe, HalfSky(), (32, 32)).width > 0
 
 
 def scalars(folder) -> dict[str, list[float]]:
