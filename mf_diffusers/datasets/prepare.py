@@ -3,7 +3,8 @@
 Of a frame there are three members in a shard, named after its number: `00000012.jpg`, the picture (quality 95, colour
 not subsampled); `00000012.depth.exr`, the depth as one channel "Z" of 16-bit floats, infinity included; and
 `00000012.json` with "name", "dataset", "metric" (whether depth is in metres), and where there are any "intrinsics"
-(3x3, in pixels, the centre of the top left pixel at (0, 0)) and "text", the caption.
+(3x3, in pixels, the centre of the top left pixel at (0, 0)) and "text", the caption; "depth_infinite" tells training
+what infinity in the depth means.
 
 A 16-bit float has 11 significant bits: depth is rounded by at most 1/2048 of itself (0.05 %), near and far alike,
 between 0.0001 and 65,000. Frames with depth beyond that cannot be stored and count as unreadable.
@@ -182,7 +183,8 @@ def write_shard(name, source, split, path, start, names, max_pixels, record):
                     without_depth.append(frame_name)
                     continue
                 key = f"{number:08d}"
-                add_frame(tar, key, frame, stored, {"dataset": name, "metric": dataset.metric})
+                entry = {"dataset": name, "metric": dataset.metric, "depth_infinite": "inf"}
+                add_frame(tar, key, frame, stored, entry)
                 checksums[key] = zlib.crc32(stored)
                 counts.update(frames=1, pixels=frame.depth.size, valid_pixels=valid.size)
                 counts.update(infinite_pixels=int(np.isinf(frame.depth).sum()))
