@@ -310,6 +310,15 @@ def test_processes_and_workers_share_the_shards(tmp_path, workers):
     assert keys(batches(config, loader, 3, rank=1, world_size=2, start_step=5)) == keys(found[1])[5:]
 
 
+def test_shards_of_several_aspect_ratios(tmp_path):
+    square, wide = (make_shards(tmp_path / name, shards=2) for name in ("square", "wide"))
+    wide.height, wide.width = 24, 40
+    mixture = MixtureConfig(sources=[square, wide], weights=[1, 1])
+    loader = LoaderConfig(**{**vars(LOADER), "window": 16})
+    shapes = Counter(tuple(batch["image"].shape[-2:]) for batch in batches(mixture, loader, 16))
+    assert shapes.keys() == {(32, 32), (24, 40)} and min(shapes.values()) >= 6
+
+
 def test_too_few_shards(tmp_path):
     config = make_shards(tmp_path / "shards", shards=2)
     with pytest.raises(ValueError, match="2 shards are too few for 4 workers"):
