@@ -51,6 +51,7 @@ from mf_diffusers.visualization import contact_sheet
 
 TRANSFORMERS = {"flux2": Flux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
 TEXT_ENCODERS = {"flux2": (Qwen3ForCausalLM, Qwen3Config), "dit": (UMT5EncoderModel, UMT5Config)}
+NO_DROPOUT = {"flux2": {}, "dit": {"dropout_rate": 0.0}}  # where it is not a text encoder's default
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -62,7 +63,9 @@ class PretrainConfig:
         architecture: "flux2", with a Qwen3 text encoder, or "dit", the from-scratch family, with a UMT5 encoder.
         vae: folder of a trained `AutoencoderKLFlux2`; or a pipeline, folder or Hub repository, that has one.
         transformer: constructor arguments of `Flux2Transformer2DModel` or `ModalityForcingDiTTransformer2DModel`.
-        text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along; or null.
+        text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along; or null. It has
+            no dropout unless `dropout_rate` (UMT5) or `attention_dropout` (Qwen3) asks for it; then a resumed run does
+            not end as one left alone.
         pretrained_text_encoder: folder or Hub repository of one that is frozen, with its tokenizer, in place of that.
             Only safetensors are read; in the dtype that is computed in.
         text_encoder_out_layers, max_sequence_length: which hidden layers of Qwen3 are the text features (of UMT5 it is
@@ -181,7 +184,8 @@ class TextToImage(torch.nn.Module):
         self.transformer = TRANSFORMERS[config.architecture](**config.transformer)
         if tokenizer is not None:
             model_class, config_class = TEXT_ENCODERS[config.architecture]
-            self.text_encoder = model_class(config_class(vocab_size=len(tokenizer), **config.text_encoder))
+            arguments = NO_DROPOUT[config.architecture] | config.text_encoder
+            self.text_encoder = model_class(config_class(vocab_size=len(tokenizer), **arguments))
 
     def forward(
         self, noisy: torch.Tensor, timestep: torch.Tensor, img_ids: torch.Tensor, text: list[str] | torch.Tensor
@@ -295,6 +299,7 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
         error = squared_error(model, batch, timestep, noise, text, encoder.token_size)
         return {"rgb": error.mean(dim=(1, 2))}
 
+    model.eval()
     report, losses = ReadReport(), defaultdict(list)
     for batch in read_batches(source, config.validation_samples, trainer.config.micro_batch_size, report):
         for key, values in level_losses(losses_at, encoder, config.cache.pixels, *batch).items():
@@ -304,6 +309,7 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
     sheet = picture_grid(config, pipe, captions, encoder.token_size)
     if trainer.accelerator.is_main_process:
         sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
+    model.train()
 
 
 def main():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
+from safetensors.torch import load_file
 from test_dry_run import fresh_accelerate  # noqa: F401
 from test_training import SCENES, run, settings, weights
 from test_transformer_dit import TINY, TINY_TEXT_ENCODER, make_t5_tokenizer
@@ -17,6 +18,7 @@ from finetune.config import load_config
 from finetune.dry_run import empty_transformer
 from finetune.pretrain import PretrainConfig, train_unigram
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
+from mf_diffusers.modality_forcing.text_features import encode_text
 
 
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
@@ -62,6 +64,16 @@ def base(vae, tmp_path_factory):
     return folder / "run" / "pipeline"
 
 
+def test_resumed_pretraining_equals_uninterrupted(vae, tmp_path, monkeypatch):
+    for output, steps in (("whole", 6), ("parts", 4), ("parts", 6)):
+        run(pretrain, pretrain_settings(vae, tmp_path / output, TRAINED_ALONG, steps=steps), tmp_path, monkeypatch)
+    for part, file in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        whole, parts = (
+            load_file(tmp_path / output / "pipeline" / part / f"{file}.safetensors") for output in ("whole", "parts")
+        )
+        assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
 def test_pretrained_and_post_trained(base, tmp_path, monkeypatch):
     pipe = ModalityForcingPipeline.from_pretrained(base)
     assert not pipe.has_depth and isinstance(pipe.transformer, ModalityForcingDiTTransformer2DModel)
@@ -103,13 +115,24 @@ def test_a_frozen_text_encoder(vae, tmp_path, monkeypatch, kind):
 
 
 def test_validation_of_the_base(vae, tmp_path, monkeypatch, capsys):
-    config = tmp_path / "empty.yaml"
+    """Without dropout, also where training has it."""
+    config, modes = tmp_path / "empty.yaml", []
     config.write_text("{}")
-    arguments = pretrain_settings(vae, tmp_path / "run", TRAINED_ALONG, steps=1, validate_every=1)
+    text = [*TRAINED_ALONG, "text_encoder.dropout_rate=0.5"]
+    arguments = pretrain_settings(vae, tmp_path / "run", text, steps=2, validate_every=1)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(config), *arguments])
+
+    def watch(text_encoder, tokenizer, prompts, layers, length, device):
+        modes.append(text_encoder.training)
+        assert text_encoder.config.dropout_rate == 0.5
+        return encode_text(text_encoder, tokenizer, prompts, layers, length, device)
+
+    monkeypatch.setattr(pretrain, "encode_text", watch)
     pretrain.main()
     assert (tmp_path / "run" / "samples-00000001.png").is_file()
     assert "losses at t" in capsys.readouterr().out
+    in_training = 2 * 2  # steps of two micro batches
+    assert sum(modes) == in_training < len(modes) and modes[:2] == [True, True] and not modes[-1]
 
 
 def test_a_tokenizer_of_captions():
