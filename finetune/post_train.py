@@ -34,6 +34,7 @@ from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, save_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 from mf_diffusers.modality_forcing.text_features import encode_text
+from mf_diffusers.results import save_whole
 
 
 @dataclass
@@ -193,7 +194,7 @@ def save_result(config: PostTrainConfig, pipe: ModalityForcingPipeline, folder: 
         save_adapter(pipe.transformer, folder.parent / "adapter.safetensors", config.base)
         pipe.transformer.fuse_lora()
         pipe.transformer.unload_lora()
-    pipe.save_pretrained(folder)
+    save_whole(pipe, folder)
 
 
 def consolidate(config: PostTrainConfig, checkpoint: Path, folder: Path) -> None:

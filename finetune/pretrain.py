@@ -46,6 +46,7 @@ from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, M
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
 from mf_diffusers.modality_forcing.text_features import encode_text
+from mf_diffusers.results import save_whole
 from mf_diffusers.visualization import contact_sheet
 
 
@@ -264,7 +265,7 @@ def consolidate(config: PretrainConfig, checkpoint: Path, folder: Path) -> None:
         model = TextToImage(config, None)
         text_encoder, tokenizer = open_text_encoder(config)
     load_result(model, checkpoint)
-    make_pipeline(config, model, open_vae(config.vae), text_encoder, tokenizer).save_pretrained(folder)
+    save_whole(make_pipeline(config, model, open_vae(config.vae), text_encoder, tokenizer), folder)
 
 
 def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: int):
@@ -383,7 +384,7 @@ def main():
     else:
         with trainer.averaged_weights():
             if trainer.accelerator.is_main_process:
-                pipe.save_pretrained(trainer.folder / "pipeline")
+                save_whole(pipe, trainer.folder / "pipeline")
     trainer.finish(samples.report)
 
 

@@ -94,6 +94,40 @@ def test_pretrained_and_post_trained(base, tmp_path, monkeypatch):
     assert depth.shape == (1, 32, 32) and np.isfinite(depth).all()
 
 
+@pytest.mark.parametrize("script", ["pretrain", "post_train"])
+def test_a_result_is_written_whole_or_not_at_all(vae, base, tmp_path, monkeypatch, script):
+    """The studies take a folder that is there for a finished run."""
+    output = tmp_path / "run"
+    arguments = {
+        "pretrain": pretrain_settings(vae, output, TRAINED_ALONG, steps=2),
+        "post_train": posttrain_settings(base, output, steps=2),
+    }[script]
+    module = {"pretrain": pretrain, "post_train": post_train}[script]
+    save = ModalityForcingPipeline.save_pretrained
+
+    def fail(pipe, folder):
+        save(pipe, folder)
+        (folder / "model_index.json").unlink()
+        raise OSError("the disk is full")
+
+    def stopped():
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is full"):
+            patch.setattr(ModalityForcingPipeline, "save_pretrained", fail)
+            run(module, arguments, tmp_path, monkeypatch)
+
+    stopped()
+    assert not (output / "pipeline").exists()
+    run(module, arguments, tmp_path, monkeypatch)
+    before = weights(output)
+    arguments.append("trainer.steps=4")
+    stopped()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(output).items())
+    ModalityForcingPipeline.from_pretrained(output / "pipeline")
+    run(module, arguments, tmp_path, monkeypatch)
+    assert not torch.equal(weights(output)["proj_out.weight"], before["proj_out.weight"])
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("kind", ["live", "cached"])
 def test_a_frozen_text_encoder(vae, tmp_path, monkeypatch, kind):
     tokenizer = make_t5_tokenizer()
