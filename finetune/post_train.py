@@ -3,8 +3,8 @@
     accelerate launch finetune/post_train.py --config finetune/configs/NAME.yaml [--dry-run] [key=value ...]
 
 The base is a `Flux2KleinPipeline` folder or Hub repository, or a `ModalityForcingPipeline`, whose training goes on. The
-result is a `ModalityForcingPipeline` folder, and in "lora" mode an adapter file besides. `--dry-run` prints parameters,
-memory, data and the size of the cache, and stops.
+result is OUTPUT/pipeline, a `ModalityForcingPipeline` folder, and in "lora" mode OUTPUT/pipeline.adapter.safetensors
+besides. `--dry-run` prints parameters, memory, data and the size of the cache, and stops.
 """
 
 import sys
@@ -189,9 +189,10 @@ def micro_batch_losses(config, trainer, batch: EncodedBatch, generators, empty_e
 
 
 def save_result(config: PostTrainConfig, pipe: ModalityForcingPipeline, folder: Path) -> None:
-    """Writes the pipeline into `folder`, and in "lora" mode the adapter beside it; afterwards the LoRA is merged."""
+    """Writes the pipeline into `folder`, and in "lora" mode the adapter beside it, as FOLDER.adapter.safetensors;
+    afterwards the LoRA is merged."""
     if config.mode == "lora":
-        save_adapter(pipe.transformer, folder.parent / "adapter.safetensors", config.base)
+        save_adapter(pipe.transformer, folder.with_name(f"{folder.name}.adapter.safetensors"), config.base)
         pipe.transformer.fuse_lora()
         pipe.transformer.unload_lora()
     save_whole(pipe, folder)
