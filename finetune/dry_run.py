@@ -5,10 +5,11 @@ memory, and what they leave out, are in finetune/memory.py.
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from omegaconf import OmegaConf
 
 from finetune.cache import CacheConfig
@@ -37,13 +38,34 @@ def read_base(config) -> tuple[dict, int]:
             raise SystemExit(
                 f"error: no base at {base}: give its folder, or its sizes as base_config\n{error}"
             ) from error
+    settings = read_base_settings(config.base_settings)
+    return settings["transformer"], read_token_size(settings["vae"], settings["transformer"])
+
+
+def read_base_settings(path: str) -> dict:
+    """The settings file of a base's pre-training."""
     try:
-        settings = OmegaConf.to_object(OmegaConf.load(config.base_settings))
-        return settings["transformer"], read_token_size(settings["vae"], settings["transformer"])
-    except (OSError, KeyError) as error:
-        raise SystemExit(
-            f"error: base_settings {config.base_settings} is no settings file of a pre-training: {error!r}"
-        ) from error
+        settings = OmegaConf.to_object(OmegaConf.load(path))
+        missing = [name for name in ("vae", "transformer") if name not in settings]
+    except OSError as error:
+        raise SystemExit(f"error: base_settings {path} cannot be read: {error}") from error
+    if missing:
+        raise SystemExit(f"error: base_settings {path} is no settings file of a pre-training: it has no {missing[0]}")
+    return settings
+
+
+def with_text_of_base(config):
+    """A `PostTrainConfig` with the text settings of its base, where that has its own: a `ModalityForcingPipeline`, or
+    the from-scratch family's before it is there."""
+    if config.base_config is not None:
+        return config
+    try:
+        own = DiffusionPipeline.load_config(config.base)
+    except OSError:
+        is_known = config.architecture == "dit" and config.base_settings is not None
+        own = read_base_settings(config.base_settings) if is_known else {}
+    names = ("text_encoder_out_layers", "max_sequence_length")
+    return replace(config, **{name: own[name] for name in names if name in own})
 
 
 def check_architecture(config, class_name: str) -> None:

@@ -24,7 +24,14 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import load_config, save_config, take_flag
-from finetune.dry_run import DTYPES, TRANSFORMERS, check_architecture, empty_transformer, report_post_training
+from finetune.dry_run import (
+    DTYPES,
+    TRANSFORMERS,
+    check_architecture,
+    empty_transformer,
+    report_post_training,
+    with_text_of_base,
+)
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import Launch, memory_verdict, post_training_memory
 from finetune.source_check import open_sources
@@ -41,8 +48,8 @@ from mf_diffusers.results import save_whole
 class PostTrainConfig:
     """
     Args:
-        base: pipeline folder or Hub repository. One that has depth already keeps its depth modules, depth processor and
-            text settings, whatever is said of them here.
+        base: pipeline folder or Hub repository. A `ModalityForcingPipeline` keeps its text settings, and where it has
+            depth its depth modules and depth processor, whatever is said of them here.
         architecture: of the base's transformer, "flux2" or "dit", the from-scratch family.
         base_config: constructor arguments of the transformer, for a dry run without the base; its tokens are taken to
             be FLUX.2's, of 16x16 pixels.
@@ -138,9 +145,9 @@ def check_memory(config: PostTrainConfig) -> tuple[bool, str]:
 def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.nn.Module]:
     """The pipeline to train, and the transformer that it starts from."""
     dtype = DTYPES[config.base_dtype]
-    base = DiffusionPipeline.from_pretrained(
-        config.base, dtype={"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
-    )
+    has_frozen = config.mode != "all" or config.distils  # else there are no weights to round, nor a teacher's
+    dtypes = {"transformer": dtype if has_frozen else torch.float32, "text_encoder": dtype, "default": torch.float32}
+    base = DiffusionPipeline.from_pretrained(config.base, dtype=dtypes)
     check_architecture(config, type(base.transformer).__name__)
     if isinstance(base, ModalityForcingPipeline) and base.has_depth:
         base.register_to_config(default_sample_size=config.sample_size)
@@ -210,6 +217,7 @@ def main():
     is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
     check(config)
+    config = with_text_of_base(config)
     processes = join_processes()
     fits, verdict = check_memory(config)
     if is_dry_run:

@@ -182,6 +182,31 @@ def test_a_tokenizer_of_captions():
     assert len(train_unigram(captions, 100)) == 100
 
 
+def test_a_base_keeps_its_text_length(base, tmp_path, monkeypatch, capsys):
+    """Before it is there, a dry run knows it from the settings of its pre-training."""
+    arguments = [*posttrain_settings(base, tmp_path / "run", steps=0), "max_sequence_length=2000"]
+    run(post_train, arguments, tmp_path, monkeypatch)
+    assert ModalityForcingPipeline.from_pretrained(tmp_path / "run" / "pipeline").config.max_sequence_length == 12
+
+    def needs(*more) -> str:
+        capsys.readouterr()
+        run(post_train, ["--dry-run", *arguments, *more], tmp_path, monkeypatch)
+        return next(line for line in capsys.readouterr().out.splitlines() if "in all" in line)
+
+    before_it_is_there = needs("base=nowhere/at/all", f"base_settings={base.parent / 'config.yaml'}")
+    assert needs() == before_it_is_there == needs("max_sequence_length=12")
+    monkeypatch.setattr(post_train, "with_text_of_base", lambda config: config)
+    assert needs() != before_it_is_there
+
+
+def test_all_weights_train_on_from_float32(base, tmp_path, monkeypatch):
+    arguments = posttrain_settings(base, tmp_path / "run", steps=0, mixed_precision="bf16")
+    run(post_train, [*arguments, "base_dtype=bf16"], tmp_path, monkeypatch)
+    before = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -227,12 +252,15 @@ def test_shipped_settings(rung, vae, tmp_path, monkeypatch, capsys):
 
     settings_file = tmp_path / "base.yaml"
     settings_file.write_text(path.read_text().replace("outputs/embedded_autoencoder/vae", str(vae)))
-    post = str(CONFIGS / "dit_post_train.yaml")
+    post = str(CONFIGS / ("dit_post_train.yaml" if is_small else "dit_post_train_256.yaml"))
     overrides = [f"base=outputs/{rung}/base/pipeline", f"base_settings={settings_file}"]
     monkeypatch.setattr(sys, "argv", ["post_train.py", "--dry-run", "--config", post, *overrides])
     post_train.main()
     assert "in all" in capsys.readouterr().out
-    model = empty_transformer(load_config(post_train.PostTrainConfig, ["--config", post, *overrides]))
+    after = load_config(post_train.PostTrainConfig, ["--config", post, *overrides])
+    assert after.max_sequence_length == config.max_sequence_length
+    assert after.cache.pixels == config.cache.pixels == after.sample_size**2
+    model = empty_transformer(after)
     depth_free = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name)
     name = rung.removeprefix("dit_").replace("_", ".")
     size = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
