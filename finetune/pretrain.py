@@ -80,7 +80,7 @@ class PretrainConfig:
     """
 
     architecture: str = "flux2"
-    vae: str = "outputs/embedded/vae"
+    vae: str = "mf_diffusers/embedded/model"
     transformer: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] | None = field(default_factory=dict)
     pretrained_text_encoder: str | None = None
