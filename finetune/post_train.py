@@ -23,7 +23,7 @@ from peft import LoraConfig
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
-from finetune.config import load_config, save_config, take_flag
+from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
 from finetune.dry_run import (
     DTYPES,
     TRANSFORMERS,
@@ -34,10 +34,10 @@ from finetune.dry_run import (
 )
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import Launch, memory_verdict, post_training_memory
-from finetune.source_check import open_sources
+from finetune.source_check import open_data
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
-from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, save_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 from mf_diffusers.modality_forcing.text_features import encode_text
@@ -104,6 +104,8 @@ def check(config: PostTrainConfig) -> None:
         raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":
         raise SystemExit("error: base_dtype=bf16 needs trainer.mixed_precision=bf16, which computes in bfloat16")
+    check_names("base_config", config.base_config or {}, arguments_of(TRANSFORMERS[config.architecture]))
+    check_names("depth_processor", config.depth_processor, arguments_of(DepthProcessor) - {"patch_size"})
 
 
 def choose_trainable(transformer: torch.nn.Module, config: PostTrainConfig) -> None:
@@ -228,7 +230,7 @@ def main():
     if not fits:
         raise SystemExit(f"error: {verdict}" if processes.is_main_process else 1)
     processes.print(verdict)
-    _, held_out = open_sources(config.data, config.validation_data)
+    _, held_out = open_data(config.data, config.validation_data)
     torch.manual_seed(config.trainer.seed)
     pipe, base = open_base(config)
     pipe.set_progress_bar_config(disable=True)

@@ -34,12 +34,12 @@ from transformers import (
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
-from finetune.config import load_config, save_config, take_flag
+from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
 from finetune.data import ReadReport, Source
 from finetune.dry_run import DTYPES, read_token_size, report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import memory_verdict, pretraining_memory
-from finetune.source_check import open_sources
+from finetune.source_check import open_data
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
@@ -104,6 +104,10 @@ def check(config: PretrainConfig) -> None:
         raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(TRANSFORMERS)}")
     if config.text_encoder and config.pretrained_text_encoder:
         raise SystemExit("error: text_encoder is one that trains along, pretrained_text_encoder a frozen one: give one")
+    check_names("transformer", config.transformer, arguments_of(TRANSFORMERS[config.architecture]))
+    _, config_class = TEXT_ENCODERS[config.architecture]
+    known = arguments_of(config_class) - {"vocab_size"} | config_class.attribute_map.keys()  # it takes any name
+    check_names("text_encoder", config.text_encoder or {}, known)
 
 
 def train_bpe(captions: list[str], vocabulary_size: int) -> Qwen2TokenizerFast:
@@ -329,7 +333,7 @@ def main():
     if not fits:
         raise SystemExit(f"error: {verdict}" if processes.is_main_process else 1)
     processes.print(verdict)
-    *_, held_out = open_sources(config.data, *([config.validation_data] if config.validation_data else []))
+    *_, held_out = open_data(config.data, *([config.validation_data] if config.validation_data else []))
     torch.manual_seed(config.trainer.seed)
     device = processes.device
     vae = open_vae(config.vae).to(device)

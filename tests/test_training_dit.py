@@ -215,6 +215,10 @@ def test_all_weights_train_on_from_float32(base, tmp_path, monkeypatch):
         (["mode=lora"], "architecture=dit trains with mode=all"),
         (["architecture=flux2"], "is of architecture dit"),
         (["architecture=flux3"], "none of flux2, dit"),
+        (["depth_processor.fra=30"], "depth_processor.fra is no setting"),
+        (["depth_processor.patch_size=8"], "depth_processor.patch_size is no setting"),
+        (["base_config.num_layer=3"], "base_config.num_layer is no setting"),
+        (["validation_data.heigth=32"], "kind 'scenes'.* 'heigth'"),
     ],
 )
 def test_wrong_settings_of_post_training(base, tmp_path, monkeypatch, arguments, message):
@@ -229,6 +233,11 @@ def test_wrong_settings_of_post_training(base, tmp_path, monkeypatch, arguments,
         (["pretrained_text_encoder=google/umt5-xxl"], "give one"),
         (["cache.text=true"], "cache.text must be true where the text encoder is frozen"),
         (["vae=nowhere/at/all"], "no VAE at nowhere/at/all"),
+        (["text_encoder.d_modell=3"], "text_encoder.d_modell is no setting"),
+        (["text_encoder.hiden_size=3"], "text_encoder.hiden_size is no setting"),
+        (["text_encoder.vocab_size=3"], "text_encoder.vocab_size is no setting"),
+        (["transformer.num_layer=3"], "transformer.num_layer is no setting"),
+        (["data.heigth=32"], "kind 'scenes'.* 'heigth'"),
     ],
 )
 def test_wrong_settings_of_pretraining(vae, tmp_path, monkeypatch, arguments, message):
