@@ -29,6 +29,7 @@ from finetune.dry_run import (
     TRANSFORMERS,
     check_architecture,
     empty_transformer,
+    live_text_encoder_of_base,
     report_post_training,
     with_text_of_base,
 )
@@ -135,8 +136,9 @@ def check_memory(config: PostTrainConfig) -> tuple[bool, str]:
         return transformer
 
     def memory_of(settings: PostTrainConfig, launch: Launch) -> dict[str, int]:
-        return post_training_memory(settings, transformer_of(settings.mode, settings.base_dtype), launch)
+        return post_training_memory(settings, transformer_of(settings.mode, settings.base_dtype), text_encoder, launch)
 
+    text_encoder = live_text_encoder_of_base(config)
     levers = {
         "base_dtype": ["bf16"] * (config.base_dtype == "fp32" and config.trainer.mixed_precision == "bf16"),
         "mode": ["lora"] * (config.architecture == "flux2" and config.mode != "lora"),

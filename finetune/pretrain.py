@@ -19,16 +19,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    Qwen2TokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5TokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import AutoTokenizer, PreTrainedModel, Qwen2TokenizerFast, T5TokenizerFast
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
@@ -36,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
 from finetune.data import ReadReport, Source
-from finetune.dry_run import DTYPES, read_token_size, report_pretraining
+from finetune.dry_run import DTYPES, TEXT_ENCODERS, live_text_encoder, read_token_size, report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import memory_verdict, pretraining_memory
 from finetune.source_check import open_data
@@ -51,7 +42,6 @@ from mf_diffusers.visualization import contact_sheet
 
 
 TRANSFORMERS = {"flux2": Flux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
-TEXT_ENCODERS = {"flux2": (Qwen3ForCausalLM, Qwen3Config), "dit": (UMT5EncoderModel, UMT5Config)}
 NO_DROPOUT = {"flux2": {}, "dit": {"dropout_rate": 0.0}}  # where it is not a text encoder's default
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -326,7 +316,8 @@ def main():
     token_size = read_token_size(config.vae, config.transformer)
     with torch.device("meta"):  # of a tokenizer, its length is what counts
         model = TextToImage(config, None if is_frozen else range(config.vocabulary_size))
-    fits, verdict = memory_verdict(config, lambda c, launch: pretraining_memory(c, model, token_size, launch))
+    live = live_text_encoder(config, config.pretrained_text_encoder)
+    fits, verdict = memory_verdict(config, lambda c, launch: pretraining_memory(c, model, token_size, live, launch))
     if is_dry_run:
         processes.print(f"{report_pretraining(config, model, token_size)}\n{verdict}")
         return

@@ -250,7 +250,7 @@ def test_wrong_settings_of_pretraining(vae, tmp_path, monkeypatch, arguments, me
 def test_shipped_settings(rung, monkeypatch, capsys):
     """Every rung has complete settings for both scripts, which a dry run reports without weights."""
     monkeypatch.chdir(ROOT)
-    path = str(CONFIGS / f"{rung}.yaml")
+    path, name = str(CONFIGS / f"{rung}.yaml"), rung.removeprefix("dit_").replace("_", ".").upper()
     config = load_config(PretrainConfig, ["--config", path])
     is_small = config.pretrained_text_encoder is None
     assert config.vae == (PretrainConfig.vae if is_small else "black-forest-labs/FLUX.2-klein-base-4B")
@@ -263,12 +263,12 @@ def test_shipped_settings(rung, monkeypatch, capsys):
     overrides = [f"base=outputs/{rung}/base/pipeline", f"base_settings={path}"]
     monkeypatch.setattr(sys, "argv", ["post_train.py", "--dry-run", "--config", post, *overrides])
     post_train.main()
-    assert "in all" in capsys.readouterr().out
+    in_all = next(line.split()[0] for line in capsys.readouterr().out.splitlines() if "in all" in line)
+    assert is_small or f"{in_all} GiB ({name})" in Path(post).read_text()
     after = load_config(post_train.PostTrainConfig, ["--config", post, *overrides])
     assert after.max_sequence_length == config.max_sequence_length
     assert after.cache.pixels == config.cache.pixels == after.sample_size**2
     model = empty_transformer(after)
     depth_free = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name)
-    name = rung.removeprefix("dit_").replace("_", ".")
-    size = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+    size = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
     assert depth_free == pytest.approx(size, rel=0.15 if is_small else 0.03)
