@@ -1,7 +1,9 @@
 """Settings: dataclasses, filled from a YAML file and `key=value` overrides."""
 
 import sys
+from collections.abc import Callable, Container, Iterable
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +47,18 @@ def load_config(cls: type[Config], arguments: list[str] | None = None) -> Config
         known = ", ".join(field.name for field in fields(cls))
         key = error.full_key or "the file"
         raise SystemExit(f"error: {path}: {key}: {str(error).splitlines()[0]}\nknown at the top: {known}") from error
+
+
+def check_names(setting: str, names: Iterable[str], known: Container[str]) -> None:
+    """Stops at the first name in the mapping `setting` that is not known there."""
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"error: {setting}.{name} is no setting: is it misspelt?")
+
+
+def arguments_of(constructor: Callable) -> set[str]:
+    """The names of a constructor's arguments."""
+    return set(signature(constructor).parameters)
 
 
 def take_flag(flag: str) -> bool:

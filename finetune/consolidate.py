@@ -3,7 +3,8 @@
     python finetune/consolidate.py CHECKPOINT PIPELINE
 
 CHECKPOINT is a folder OUTPUT/checkpoints/step-... of finetune/pretrain.py or post_train.py, whatever the number of
-processes that wrote it; the settings of the run are in OUTPUT/config.yaml. PIPELINE is the folder to write.
+processes that wrote it; the settings of the run are in OUTPUT/config.yaml. PIPELINE is the folder to write; of a run
+in "lora" mode, PIPELINE.adapter.safetensors besides.
 """
 
 import sys

@@ -1,10 +1,10 @@
 """What a training step needs on the device of one process, whether it fits there, and the nearest settings that do.
 
 The model is on the meta device, so neither its weights nor memory for them are needed. What lives through a step is
-counted. Left out are: the VAE (it stays on the device) and the text encoder (there while samples are encoded and in
-validation, and all the time where there is no cache); what validation needs; the CUDA context, workspaces of kernels
-and fragmentation. So a run stops where the estimate alone is more than there is, and settings are called fitting
-where a fifth more than the estimate is there.
+counted. Left out are: the VAE (it stays on the device); the text encoder where there is a cache (it is there while
+samples are encoded and in validation); what validation needs; the CUDA context, workspaces of kernels and
+fragmentation. So a run stops where the estimate alone is more than there is, and settings are called fitting where a
+fifth more than the estimate is there.
 
 Activations are what autograd keeps of a block of width D and MLP ratio m for each token: its input, the normalised
 and the modulated input (3 D), queries and keys before their norm (2 D), the four tensors of attention (4 D), what the
@@ -88,6 +88,7 @@ def memory(
     config: TrainerConfig,
     stacks: list[Stack],
     teacher_bytes: int = 0,
+    text_encoder_bytes: int = 0,
     launch: Launch = ALONE,
 ) -> dict[str, int]:
     """Bytes on the device in a training step, by what they are for."""
@@ -108,6 +109,8 @@ def memory(
         "teacher (self-distillation)": teacher_bytes,
         f"activations, {checkpointing} gradient checkpointing": activation_bytes(stacks, config),
     }
+    if text_encoder_bytes:
+        needs["frozen text encoder, there without a cache"] = text_encoder_bytes
     if launch.is_sharded:
         needs["bf16 copies of the float32 weights"] = 0  # the shards are gathered in the dtype of the computation
         dtype = torch.float32 if launch.by_deepspeed else DTYPES[config.mixed_precision]
@@ -122,8 +125,12 @@ def trunk_blocks(transformer) -> int:
     return transformer.config.num_layers + transformer.config.get("num_single_layers", 0)
 
 
-def post_training_memory(config, model, launch: Launch = ALONE) -> dict[str, int]:
-    """`memory` of a `PostTrainConfig` and its grafted transformer, of which is chosen what trains."""
+def post_training_memory(config, model, text_encoder: int, launch: Launch = ALONE) -> dict[str, int]:
+    """`memory` of a `PostTrainConfig` and its grafted transformer, of which is chosen what trains.
+
+    Args:
+        text_encoder: parameters of a frozen one that stays on the device.
+    """
     c, token_size = model.config, round(model.config.depth_channels**0.5)
     images, width = config.cache.pixels // token_size**2, model.inner_dim
     tokens = config.max_sequence_length + 2 * images
@@ -133,11 +140,11 @@ def post_training_memory(config, model, launch: Launch = ALONE) -> dict[str, int
     ]
     base = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name and "lora_" not in name)
     teacher = base * DTYPES[config.base_dtype].itemsize if config.distils and config.mode != "lora" else 0
-    return memory(model, config.trainer, stacks, teacher, launch)
+    return memory(model, config.trainer, stacks, teacher, text_encoder * DTYPES[config.base_dtype].itemsize, launch)
 
 
-def pretraining_memory(config, model, token_size: int, launch: Launch = ALONE) -> dict[str, int]:
-    """`memory` of a `PretrainConfig` and its `TextToImage` model."""
+def pretraining_memory(config, model, token_size: int, text_encoder: int, launch: Launch = ALONE) -> dict[str, int]:
+    """`memory` of a `PretrainConfig` and its `TextToImage` model; `text_encoder` as `post_training_memory` takes it."""
     transformer, length = model.transformer, config.max_sequence_length
     tokens = length + config.cache.pixels // token_size**2
     stacks = [(trunk_blocks(transformer), tokens, transformer.inner_dim, transformer.config.mlp_ratio)]
@@ -145,7 +152,8 @@ def pretraining_memory(config, model, token_size: int, launch: Launch = ALONE) -
         text = model.text_encoder.config
         mlp_width = text.d_ff if config.architecture == "dit" else text.intermediate_size
         stacks.append((text.num_hidden_layers, length, text.hidden_size, mlp_width / text.hidden_size))
-    return memory(model, config.trainer, stacks, launch=launch)
+    text_encoder_bytes = text_encoder * DTYPES[config.trainer.mixed_precision].itemsize
+    return memory(model, config.trainer, stacks, text_encoder_bytes=text_encoder_bytes, launch=launch)
 
 
 def available_bytes(config: TrainerConfig) -> int:

@@ -3,8 +3,8 @@
     accelerate launch finetune/post_train.py --config finetune/configs/NAME.yaml [--dry-run] [key=value ...]
 
 The base is a `Flux2KleinPipeline` folder or Hub repository, or a `ModalityForcingPipeline`, whose training goes on. The
-result is a `ModalityForcingPipeline` folder, and in "lora" mode an adapter file besides. `--dry-run` prints parameters,
-memory, data and the size of the cache, and stops.
+result is OUTPUT/pipeline, a `ModalityForcingPipeline` folder, and in "lora" mode OUTPUT/pipeline.adapter.safetensors
+besides. `--dry-run` prints parameters, memory, data and the size of the cache, and stops.
 """
 
 import sys
@@ -23,25 +23,34 @@ from peft import LoraConfig
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
-from finetune.config import load_config, save_config, take_flag
-from finetune.dry_run import DTYPES, TRANSFORMERS, check_architecture, empty_transformer, report_post_training
+from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
+from finetune.dry_run import (
+    DTYPES,
+    TRANSFORMERS,
+    check_architecture,
+    empty_transformer,
+    live_text_encoder_of_base,
+    report_post_training,
+    with_text_of_base,
+)
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import Launch, memory_verdict, post_training_memory
-from finetune.source_check import open_sources
+from finetune.source_check import open_data
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
-from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, save_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 from mf_diffusers.modality_forcing.text_features import encode_text
+from mf_diffusers.results import save_whole
 
 
 @dataclass
 class PostTrainConfig:
     """
     Args:
-        base: pipeline folder or Hub repository. One that has depth already keeps its depth modules, depth processor and
-            text settings, whatever is said of them here.
+        base: pipeline folder or Hub repository. A `ModalityForcingPipeline` keeps its text settings, and where it has
+            depth its depth modules and depth processor, whatever is said of them here.
         architecture: of the base's transformer, "flux2" or "dit", the from-scratch family.
         base_config: constructor arguments of the transformer, for a dry run without the base; its tokens are taken to
             be FLUX.2's, of 16x16 pixels.
@@ -96,6 +105,8 @@ def check(config: PostTrainConfig) -> None:
         raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":
         raise SystemExit("error: base_dtype=bf16 needs trainer.mixed_precision=bf16, which computes in bfloat16")
+    check_names("base_config", config.base_config or {}, arguments_of(TRANSFORMERS[config.architecture]))
+    check_names("depth_processor", config.depth_processor, arguments_of(DepthProcessor) - {"patch_size"})
 
 
 def choose_trainable(transformer: torch.nn.Module, config: PostTrainConfig) -> None:
@@ -125,8 +136,9 @@ def check_memory(config: PostTrainConfig) -> tuple[bool, str]:
         return transformer
 
     def memory_of(settings: PostTrainConfig, launch: Launch) -> dict[str, int]:
-        return post_training_memory(settings, transformer_of(settings.mode, settings.base_dtype), launch)
+        return post_training_memory(settings, transformer_of(settings.mode, settings.base_dtype), text_encoder, launch)
 
+    text_encoder = live_text_encoder_of_base(config)
     levers = {
         "base_dtype": ["bf16"] * (config.base_dtype == "fp32" and config.trainer.mixed_precision == "bf16"),
         "mode": ["lora"] * (config.architecture == "flux2" and config.mode != "lora"),
@@ -137,9 +149,9 @@ def check_memory(config: PostTrainConfig) -> tuple[bool, str]:
 def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.nn.Module]:
     """The pipeline to train, and the transformer that it starts from."""
     dtype = DTYPES[config.base_dtype]
-    base = DiffusionPipeline.from_pretrained(
-        config.base, dtype={"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
-    )
+    has_frozen = config.mode != "all" or config.distils  # else there are no weights to round, nor a teacher's
+    dtypes = {"transformer": dtype if has_frozen else torch.float32, "text_encoder": dtype, "default": torch.float32}
+    base = DiffusionPipeline.from_pretrained(config.base, dtype=dtypes)
     check_architecture(config, type(base.transformer).__name__)
     if isinstance(base, ModalityForcingPipeline) and base.has_depth:
         base.register_to_config(default_sample_size=config.sample_size)
@@ -188,12 +200,13 @@ def micro_batch_losses(config, trainer, batch: EncodedBatch, generators, empty_e
 
 
 def save_result(config: PostTrainConfig, pipe: ModalityForcingPipeline, folder: Path) -> None:
-    """Writes the pipeline into `folder`, and in "lora" mode the adapter beside it; afterwards the LoRA is merged."""
+    """Writes the pipeline into `folder`, and in "lora" mode the adapter beside it, as FOLDER.adapter.safetensors;
+    afterwards the LoRA is merged."""
     if config.mode == "lora":
-        save_adapter(pipe.transformer, folder.parent / "adapter.safetensors", config.base)
+        save_adapter(pipe.transformer, folder.with_name(f"{folder.name}.adapter.safetensors"), config.base)
         pipe.transformer.fuse_lora()
         pipe.transformer.unload_lora()
-    pipe.save_pretrained(folder)
+    save_whole(pipe, folder)
 
 
 def consolidate(config: PostTrainConfig, checkpoint: Path, folder: Path) -> None:
@@ -208,6 +221,7 @@ def main():
     is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
     check(config)
+    config = with_text_of_base(config)
     processes = join_processes()
     fits, verdict = check_memory(config)
     if is_dry_run:
@@ -218,7 +232,7 @@ def main():
     if not fits:
         raise SystemExit(f"error: {verdict}" if processes.is_main_process else 1)
     processes.print(verdict)
-    _, held_out = open_sources(config.data, config.validation_data)
+    _, held_out = open_data(config.data, config.validation_data)
     torch.manual_seed(config.trainer.seed)
     pipe, base = open_base(config)
     pipe.set_progress_bar_config(disable=True)

@@ -19,38 +19,30 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    Qwen2TokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5TokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import AutoTokenizer, PreTrainedModel, Qwen2TokenizerFast, T5TokenizerFast
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
-from finetune.config import load_config, save_config, take_flag
+from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
 from finetune.data import ReadReport, Source
-from finetune.dry_run import DTYPES, read_token_size, report_pretraining
+from finetune.dry_run import DTYPES, TEXT_ENCODERS, live_text_encoder, read_token_size, report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import memory_verdict, pretraining_memory
-from finetune.source_check import open_sources
+from finetune.source_check import open_data
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
 from mf_diffusers.modality_forcing.text_features import encode_text
+from mf_diffusers.results import save_whole
 from mf_diffusers.visualization import contact_sheet
 
 
 TRANSFORMERS = {"flux2": Flux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
-TEXT_ENCODERS = {"flux2": (Qwen3ForCausalLM, Qwen3Config), "dit": (UMT5EncoderModel, UMT5Config)}
+NO_DROPOUT = {"flux2": {}, "dit": {"dropout_rate": 0.0}}  # where it is not a text encoder's default
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -62,7 +54,9 @@ class PretrainConfig:
         architecture: "flux2", with a Qwen3 text encoder, or "dit", the from-scratch family, with a UMT5 encoder.
         vae: folder of a trained `AutoencoderKLFlux2`; or a pipeline, folder or Hub repository, that has one.
         transformer: constructor arguments of `Flux2Transformer2DModel` or `ModalityForcingDiTTransformer2DModel`.
-        text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along; or null.
+        text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along; or null. It has
+            no dropout unless `dropout_rate` (UMT5) or `attention_dropout` (Qwen3) asks for it; then a resumed run does
+            not end as one left alone.
         pretrained_text_encoder: folder or Hub repository of one that is frozen, with its tokenizer, in place of that.
             Only safetensors are read; in the dtype that is computed in.
         text_encoder_out_layers, max_sequence_length: which hidden layers of Qwen3 are the text features (of UMT5 it is
@@ -76,7 +70,7 @@ class PretrainConfig:
     """
 
     architecture: str = "flux2"
-    vae: str = "outputs/embedded/vae"
+    vae: str = "mf_diffusers/embedded/model"
     transformer: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] | None = field(default_factory=dict)
     pretrained_text_encoder: str | None = None
@@ -100,6 +94,10 @@ def check(config: PretrainConfig) -> None:
         raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(TRANSFORMERS)}")
     if config.text_encoder and config.pretrained_text_encoder:
         raise SystemExit("error: text_encoder is one that trains along, pretrained_text_encoder a frozen one: give one")
+    check_names("transformer", config.transformer, arguments_of(TRANSFORMERS[config.architecture]))
+    _, config_class = TEXT_ENCODERS[config.architecture]
+    known = arguments_of(config_class) - {"vocab_size"} | config_class.attribute_map.keys()  # it takes any name
+    check_names("text_encoder", config.text_encoder or {}, known)
 
 
 def train_bpe(captions: list[str], vocabulary_size: int) -> Qwen2TokenizerFast:
@@ -181,7 +179,8 @@ class TextToImage(torch.nn.Module):
         self.transformer = TRANSFORMERS[config.architecture](**config.transformer)
         if tokenizer is not None:
             model_class, config_class = TEXT_ENCODERS[config.architecture]
-            self.text_encoder = model_class(config_class(vocab_size=len(tokenizer), **config.text_encoder))
+            arguments = NO_DROPOUT[config.architecture] | config.text_encoder
+            self.text_encoder = model_class(config_class(vocab_size=len(tokenizer), **arguments))
 
     def forward(
         self, noisy: torch.Tensor, timestep: torch.Tensor, img_ids: torch.Tensor, text: list[str] | torch.Tensor
@@ -260,7 +259,7 @@ def consolidate(config: PretrainConfig, checkpoint: Path, folder: Path) -> None:
         model = TextToImage(config, None)
         text_encoder, tokenizer = open_text_encoder(config)
     load_result(model, checkpoint)
-    make_pipeline(config, model, open_vae(config.vae), text_encoder, tokenizer).save_pretrained(folder)
+    save_whole(make_pipeline(config, model, open_vae(config.vae), text_encoder, tokenizer), folder)
 
 
 def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: int):
@@ -295,6 +294,7 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
         error = squared_error(model, batch, timestep, noise, text, encoder.token_size)
         return {"rgb": error.mean(dim=(1, 2))}
 
+    model.eval()
     report, losses = ReadReport(), defaultdict(list)
     for batch in read_batches(source, config.validation_samples, trainer.config.micro_batch_size, report):
         for key, values in level_losses(losses_at, encoder, config.cache.pixels, *batch).items():
@@ -304,6 +304,7 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
     sheet = picture_grid(config, pipe, captions, encoder.token_size)
     if trainer.accelerator.is_main_process:
         sheet.save(trainer.folder / f"samples-{trainer.step:08}.png")
+    model.train()
 
 
 def main():
@@ -315,14 +316,15 @@ def main():
     token_size = read_token_size(config.vae, config.transformer)
     with torch.device("meta"):  # of a tokenizer, its length is what counts
         model = TextToImage(config, None if is_frozen else range(config.vocabulary_size))
-    fits, verdict = memory_verdict(config, lambda c, launch: pretraining_memory(c, model, token_size, launch))
+    live = live_text_encoder(config, config.pretrained_text_encoder)
+    fits, verdict = memory_verdict(config, lambda c, launch: pretraining_memory(c, model, token_size, live, launch))
     if is_dry_run:
         processes.print(f"{report_pretraining(config, model, token_size)}\n{verdict}")
         return
     if not fits:
         raise SystemExit(f"error: {verdict}" if processes.is_main_process else 1)
     processes.print(verdict)
-    *_, held_out = open_sources(config.data, *([config.validation_data] if config.validation_data else []))
+    *_, held_out = open_data(config.data, *([config.validation_data] if config.validation_data else []))
     torch.manual_seed(config.trainer.seed)
     device = processes.device
     vae = open_vae(config.vae).to(device)
@@ -377,7 +379,7 @@ def main():
     else:
         with trainer.averaged_weights():
             if trainer.accelerator.is_main_process:
-                pipe.save_pretrained(trainer.folder / "pipeline")
+                save_whole(pipe, trainer.folder / "pipeline")
     trainer.finish(samples.report)
 
 

@@ -37,6 +37,7 @@ from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids
 from mf_diffusers.modality_forcing.noise import add_noise
+from mf_diffusers.results import save_whole
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -132,7 +133,7 @@ def make_random_base(config: ClaimsConfig) -> None:
         base = Flux2KleinPipeline.from_pretrained(config.base)
         torch.manual_seed(0)
         base.transformer = Flux2Transformer2DModel.from_config(base.transformer.config)
-        base.save_pretrained(folder)
+        save_whole(base, folder)
 
 
 def untrained(config: ClaimsConfig) -> ModalityForcingPipeline:

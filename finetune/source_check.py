@@ -44,6 +44,14 @@ def open_sources(*configs) -> list[Source]:
     return sources
 
 
+def open_data(*configs) -> list[Source]:
+    """`open_sources` for a script: its error ends the run."""
+    try:
+        return open_sources(*configs)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def raise_together(fault: str | None) -> None:
     """Raises ValueError in all processes if one of them, or more, have found a fault."""
     faults = gather_object([(fault, PartialState().process_index, socket.gethostname())])

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from mf_diffusers.modality_forcing import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.conversion import convert_published_transformer
 from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU, TEXT_ENCODERS
-from mf_diffusers.results import place_folder, temporary_folder
+from mf_diffusers.results import save_whole
 
 
 # Names of dtypes in the headers of safetensors files; others are counted, not computed with.
@@ -139,9 +139,7 @@ def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", ove
         dst.parent.mkdir(parents=True, exist_ok=True)
         result.save_published(dst, prefix=prefix)
     else:
-        with temporary_folder(dst.resolve().parent) as folder:
-            result.save_pretrained(folder)
-            place_folder(folder, dst.resolve())
+        save_whole(result, dst)
     return what, sum(tensor.numel() for tensor in parts["transformer"].values())
 
 

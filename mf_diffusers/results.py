@@ -47,6 +47,17 @@ def place_folder(folder, path):
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def save_whole(model, path):
+    """Write a pipeline or a model to the folder `path`, whole or not at all, in the place of a folder that is there.
+
+    Raises OSError when it cannot be written; what was at `path` stays.
+    """
+    path = Path(path).resolve()
+    with temporary_folder(path.parent) as folder:
+        model.save_pretrained(folder)
+        place_folder(folder, path)
+
+
 def place_result(folder, output, name, overwrite=False, written=()):
     """Rename a finished result folder to `output/name`, or to the first free of `name-002`, `name-003`, ...
 

@@ -1,20 +1,27 @@
 """Whether a run fits into memory: the verdict, the settings that fit, and what sharding divides."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_pipeline
 from test_dry_run import fresh_accelerate  # noqa: F401
 from test_training import base, run, settings  # noqa: F401
+from transformers import Qwen3Config, Qwen3ForCausalLM, UMT5Config, UMT5EncoderModel
 
 from finetune import memory, post_train
+from finetune.cache import CacheConfig
 from finetune.config import load_config
+from finetune.dry_run import live_text_encoder, live_text_encoder_of_base
 from finetune.memory import SHARDED_LAUNCH, Launch
 from finetune.post_train import PostTrainConfig
+from finetune.pretrain import PretrainConfig, TextToImage
 from finetune.trainer import TrainerConfig, join_processes
 
 
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 GIB = 2**30
 
 
@@ -99,6 +106,43 @@ def test_klein_4b_on_48_gib():
     found = [line.split() for line in text.splitlines()[2:-1]]
     assert ["35.53", "GiB", "mode=lora"] in found and any(words[2] == "accelerate" for words in found)
     assert all(1.2 * float(words[0]) <= 48 for words in found)
+
+
+def test_a_frozen_text_encoder_counts_where_there_is_no_cache(base):  # noqa: F811
+    config = load_config(PretrainConfig, ["--config", str(CONFIGS / "dit_370m.yaml")])
+    with torch.device("meta"):
+        model, umt5_xxl = TextToImage(config, None), UMT5EncoderModel(UMT5Config(**UMT5_XXL))
+    name = config.pretrained_text_encoder
+    parameters = live_text_encoder(config, name)
+    assert parameters == sum(p.numel() for p in umt5_xxl.parameters())
+    join_processes()
+    without = sum(memory.pretraining_memory(config, model, 16, 0).values())
+    assert sum(memory.pretraining_memory(config, model, 16, parameters).values()) - without == 2 * parameters
+    assert live_text_encoder(config, None) == 0  # it trains along
+    config.cache.folder = "cache"
+    assert live_text_encoder(config, name) == 0
+
+    flux2 = PostTrainConfig(base=str(base), cache=CacheConfig(folder=None))
+    own = sum(p.numel() for p in make_pipeline().text_encoder.parameters())
+    assert live_text_encoder_of_base(flux2) == own
+    read = replace(flux2, architecture="dit", base="nowhere", base_settings=str(CONFIGS / "dit_370m.yaml"))
+    assert live_text_encoder_of_base(read) == parameters
+    assert live_text_encoder_of_base(replace(flux2, base="nowhere")) == 0
+
+
+@pytest.mark.parametrize(
+    ("klein", "sizes"),
+    [
+        ("black-forest-labs/FLUX.2-klein-base-4B", {"hidden_size": 2560, "intermediate_size": 9728}),
+        ("black-forest-labs/FLUX.2-klein-base-9B", {"hidden_size": 4096, "intermediate_size": 12288}),
+    ],
+)
+def test_the_text_encoders_of_klein(klein, sizes):
+    common = {"num_hidden_layers": 36, "num_key_value_heads": 8, "tie_word_embeddings": sizes["hidden_size"] == 2560}
+    with torch.device("meta"):
+        qwen3 = Qwen3ForCausalLM(Qwen3Config(**sizes, **common))
+    config = PostTrainConfig(base=klein, cache=CacheConfig(folder=None))
+    assert live_text_encoder_of_base(config) == sum(p.numel() for p in qwen3.parameters())
 
 
 def test_a_run_that_does_not_fit_stops_before_anything_is_written(base, tmp_path, monkeypatch, capsys):  # noqa: F811

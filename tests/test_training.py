@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Adafactor
 
-from finetune import post_train, pretrain, trainer
+from finetune import consolidate, post_train, pretrain, trainer
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
 from finetune.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
@@ -206,12 +206,20 @@ def test_lora(base, cache, tmp_path, monkeypatch):
     trained = ModalityForcingPipeline.from_pretrained(tmp_path / "lora" / "pipeline").transformer
     klein = Flux2KleinPipeline.from_pretrained(base)
     fresh = ModalityForcingPipeline.from_base(klein, num_depth_decoder_layers=1).transformer
-    load_adapter(fresh, tmp_path / "lora" / "adapter.safetensors", merge=True)
+    load_adapter(fresh, tmp_path / "lora" / "pipeline.adapter.safetensors", merge=True)
     ours, merged = trained.state_dict(), fresh.state_dict()
     assert all(torch.allclose(tensor, merged[name], atol=1e-6) for name, tensor in ours.items())
     before = klein.transformer.state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, ours[name])}
     assert changed and all(".attn." in name for name in changed)
+
+    adapter = tmp_path / "lora" / "pipeline.adapter.safetensors"
+    written, early = adapter.read_bytes(), tmp_path / "lora" / "early"
+    checkpoint = tmp_path / "lora" / "checkpoints" / "step-00000002"
+    monkeypatch.setattr(sys, "argv", ["consolidate.py", str(checkpoint), str(early)])
+    consolidate.main()
+    assert adapter.read_bytes() == written  # the run's, which consolidating one of its checkpoints leaves alone
+    assert early.with_name("early.adapter.safetensors").read_bytes() != written
 
 
 def test_a_loss_that_is_not_finite_stops(base, cache, tmp_path, monkeypatch):
