@@ -316,7 +316,7 @@ def measure(config: PostTrainBenchmark | PretrainBenchmark) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         # A step beyond the last one that is taken, and no checkpoint: nothing of it is worth keeping.
         steps = measurement.warmup_steps + measurement.steps + 1
-        unsaved = {"output": folder, "steps": steps, "checkpoint_every": steps + 1, "resume": False}
+        unsaved = {"output": folder, "steps": steps, "checkpoint_every": steps + 1}
         trainer = Trainer(replace(config.trainer, **unsaved), work.model)
         samples = write_samples(config, work, Path(folder))
         reset_peak_memory(device)

@@ -36,6 +36,7 @@ from finetune.dry_run import (
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import Launch, memory_verdict, post_training_memory
 from finetune.source_check import open_data
+from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
@@ -221,8 +222,9 @@ def main():
     is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
     check(config)
-    config = with_text_of_base(config)
     processes = join_processes()
+    check_start(config.trainer)
+    config = with_text_of_base(config)
     fits, verdict = check_memory(config)
     if is_dry_run:
         transformer = empty_transformer(config)

@@ -31,6 +31,7 @@ from finetune.dry_run import DTYPES, TEXT_ENCODERS, live_text_encoder, read_toke
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import memory_verdict, pretraining_memory
 from finetune.source_check import open_data
+from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
@@ -313,6 +314,7 @@ def main():
     check(config)
     is_frozen = config.pretrained_text_encoder is not None
     processes = join_processes()
+    check_start(config.trainer)
     token_size = read_token_size(config.vae, config.transformer)
     with torch.device("meta"):  # of a tokenizer, its length is what counts
         model = TextToImage(config, None if is_frozen else range(config.vocabulary_size))

@@ -25,6 +25,9 @@ from finetune.encoding import EncodedBatch
 from mf_diffusers.results import place_folder
 
 
+BEGIN_ANEW = "to begin anew, choose another trainer.output, or move or delete the checkpoints"
+
+
 @dataclass
 class TrainerConfig:
     """
@@ -46,7 +49,8 @@ class TrainerConfig:
         validate_every: steps between validations.
         log_every: steps between log lines, and between checks that the loss is finite.
         num_workers: processes that read samples ahead, for each training process; 0 reads between the steps.
-        resume: go on from the newest checkpoint in `output`.
+        resume: go on from the newest checkpoint in `output`; false: a new run, which does not start where there are
+            checkpoints.
         memory_gib: what one process may use, in GiB; None: what its device has. A run that needs more by the estimate
             of finetune/memory.py does not start; 1e6 lets every run start.
     """
@@ -87,6 +91,11 @@ def join_processes() -> PartialState:
     """Makes the processes of a launch one group; called before all else that asks for them, because a `PartialState()`
     without this flag does not heed ACCELERATE_USE_CPU, and would leave every process on a CPU alone."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def checkpoints(output: str | Path) -> list[Path]:
+    """Complete checkpoints in the folder of a run, oldest first."""
+    return sorted((Path(output) / "checkpoints").glob("step-*[0-9]"))
 
 
 def sample_generators(seed: int, step: int, positions) -> list[torch.Generator]:
@@ -133,8 +142,8 @@ class Trainer:
         self.ema = EMAModel(self.own_parts, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.step = 0
         self.folder = Path(config.output)
-        if config.resume and self.checkpoints():
-            self.load(self.checkpoints()[-1])
+        if checkpoints(self.folder):
+            self.load(checkpoints(self.folder)[-1])
         self.accelerator.init_trackers("logs")
         self.progress_bar = tqdm(
             total=config.steps * config.batch_size,
@@ -262,13 +271,10 @@ class Trainer:
         self.accelerator.log(means, step=self.step)
         self.progress_bar.set_postfix({"step": self.step} | {name: f"{value:.4g}" for name, value in means.items()})
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*[0-9]"))
-
     @property
     def last_checkpoint(self) -> Path | str:
-        return self.checkpoints()[-1] if self.checkpoints() else "none yet"
+        found = checkpoints(self.folder)
+        return found[-1] if found else "none yet"
 
     def save(self) -> None:
         """Writes a checkpoint, whole or not at all, and drops the oldest beyond `keep_checkpoints`.
@@ -298,7 +304,7 @@ class Trainer:
             if is_main:
                 shutil.rmtree(folder, ignore_errors=True)
         if is_main:
-            for old in self.checkpoints()[: -self.config.keep_checkpoints]:
+            for old in checkpoints(self.folder)[: -self.config.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -382,8 +388,8 @@ def load_weights(
         if name not in weights or weights[name].shape != shape:
             raise ValueError(
                 f"{checkpoint} is a checkpoint of another model: its {name} is "
-                f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(shape)}. "
-                "Choose another output folder, or resume=false."
+                f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(shape)}; "
+                f"{BEGIN_ANEW}"
             )
         shards.own_part(parameter).detach().copy_(shards.part_of(weights[name], parameter))
 

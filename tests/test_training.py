@@ -337,9 +337,31 @@ def test_wrong_settings(base, cache, tmp_path, monkeypatch, arguments, message):
         run(post_train, [*settings(base, cache, tmp_path / "run"), *arguments], tmp_path, monkeypatch)
 
 
+def make_checkpoint(output: Path, **state) -> None:
+    """Of a run that stopped after two steps; no more of it than is read before a run starts."""
+    folder = output / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"step": 2, "optimizer": "adamw", "ema_steps": 2} | state))
+
+
+@pytest.mark.parametrize("script", [post_train, pretrain])
+@pytest.mark.parametrize(
+    ("state", "arguments", "message"),
+    [
+        ({}, ["trainer.resume=false"], "run/checkpoints has checkpoints already.*choose another trainer.output"),
+    ],
+)
+def test_what_cannot_go_on_does_not_start(tmp_path, monkeypatch, script, state, arguments, message):
+    """Nor is anything opened: there is no base and no VAE."""
+    make_checkpoint(tmp_path / "run", **state)
+    chosen = [a for a in settings("", "", tmp_path / "run") if a.startswith("trainer.")]
+    with pytest.raises(SystemExit, match=message):
+        run(script, [*chosen, *arguments], tmp_path, monkeypatch)
+
+
 def test_a_checkpoint_of_another_model(base, cache, tmp_path, monkeypatch):
     run(post_train, settings(base, cache, tmp_path / "run", steps=2), tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match="is a checkpoint of another model"):
+    with pytest.raises(ValueError, match=r"another model.*choose another trainer\.output"):
         arguments = [*settings(base, cache, tmp_path / "run"), "num_depth_decoder_layers=2"]
         run(post_train, arguments, tmp_path, monkeypatch)
 
