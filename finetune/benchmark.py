@@ -47,6 +47,7 @@ from finetune.encoding import EncodedBatch
 from finetune.memory import DTYPES
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
 from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage
+from finetune.start_check import check_start
 from finetune.trainer import Trainer, join_processes
 from mf_diffusers import DepthProcessor
 
@@ -317,7 +318,9 @@ def measure(config: PostTrainBenchmark | PretrainBenchmark) -> dict[str, Any]:
         # A step beyond the last one that is taken, and no checkpoint: nothing of it is worth keeping.
         steps = measurement.warmup_steps + measurement.steps + 1
         unsaved = {"output": folder, "steps": steps, "checkpoint_every": steps + 1}
-        trainer = Trainer(replace(config.trainer, **unsaved), work.model)
+        settings = replace(config.trainer, **unsaved)
+        check_start(settings)
+        trainer = Trainer(settings, work.model)
         samples = write_samples(config, work, Path(folder))
         reset_peak_memory(device)
         stream = Waiting(samples.stream(trainer))

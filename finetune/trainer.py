@@ -25,6 +25,7 @@ from finetune.encoding import EncodedBatch
 from mf_diffusers.results import place_folder
 
 
+COUNTS = ("batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every")
 BEGIN_ANEW = "to begin anew, choose another trainer.output, or move or delete the checkpoints"
 
 
@@ -34,7 +35,7 @@ class TrainerConfig:
     Args:
         output: folder of checkpoints, logs and the result.
         seed: of the data order and of every noise.
-        steps: optimiser steps.
+        steps: optimiser steps; 0 writes the result untrained.
         batch_size: samples of an optimiser step, over all processes and accumulated micro batches.
         micro_batch_size: samples of one forward pass of one process.
         learning_rate: reached after `warmup_steps`, then constant, but for the last `cooldown_steps`: there it falls to
@@ -85,6 +86,9 @@ class TrainerConfig:
             raise SystemExit(f"error: optimizer {self.optimizer!r} is none of adamw, adamw8bit")
         if self.mixed_precision not in ("fp32", "bf16"):
             raise SystemExit(f"error: mixed_precision {self.mixed_precision!r} is neither fp32 nor bf16")
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise SystemExit(f"error: {name} must be 1 or more, not {getattr(self, name)}")
 
 
 def join_processes() -> PartialState:
@@ -115,21 +119,13 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, model: torch.nn.Module):
         self.config = config
-        accumulation, rest = divmod(config.batch_size, config.micro_batch_size)
         self.accelerator = Accelerator(
             mixed_precision="no" if config.mixed_precision == "fp32" else "bf16",
             log_with="tensorboard",
             project_dir=config.output,
         )
-        if rest or accumulation % self.accelerator.num_processes or not accumulation:
-            raise SystemExit(
-                f"error: batch_size {config.batch_size} must be a multiple of micro_batch_size "
-                f"{config.micro_batch_size} times {self.accelerator.num_processes} processes"
-            )
         self.device = self.accelerator.device
         self.is_sharded = sharding.is_sharding_asked()
-        if self.is_sharded and config.optimizer != "adamw":
-            raise SystemExit(f"error: a sharded run needs optimizer=adamw, not {config.optimizer}")
         if config.attention:
             for module in model.modules():
                 if hasattr(module, "set_attention_backend"):
@@ -314,7 +310,7 @@ class Trainer:
         optimizer = self.shards.optimizer_tensors(self.optimizer, self.named_parameters)
         sharding.write_tensors(folder / "optimizer", optimizer)
         state = {"step": self.step, "samples": self.step * self.config.batch_size}
-        state["processes"] = self.accelerator.num_processes
+        state |= {"processes": self.accelerator.num_processes, "optimizer": self.config.optimizer}
         if self.ema:
             self.write_parts(folder / "ema", self.ema.shadow_params)
             state["ema_steps"] = self.ema.optimization_step

@@ -26,6 +26,7 @@ from test_training import base, cache, frames, run, settings, weights  # noqa: F
 from test_training_dit import vae  # noqa: F401
 
 from finetune import post_train, pretrain
+from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel
 
@@ -99,6 +100,7 @@ def test_consolidated_bit_by_bit(runs, tmp_path):
 def make_trainer(folder: Path, **settings) -> Trainer:
     torch.manual_seed(0)
     config = TrainerConfig(output=str(folder), batch_size=2, micro_batch_size=1, **settings)
+    check_start(config)
     return Trainer(config, ModalityForcingFlux2Transformer2DModel(**TINY_TRANSFORMER))
 
 

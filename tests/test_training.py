@@ -169,7 +169,7 @@ def test_two_processes_follow_one(base, cache, data, tmp_path, monkeypatch):
     two = command("post_train.py", arguments("two"), tmp_path, *TWO_PROCESSES)
     subprocess.run(two, check=True, env=environment, timeout=300)
     state = json.loads((tmp_path / "two" / "checkpoints" / "step-00000005" / "state.json").read_text())
-    assert state["processes"] == 2
+    assert (state["processes"], state["optimizer"]) == (2, "adamw")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
 
@@ -325,7 +325,8 @@ def test_compiled_blocks_train_alike_and_resume(base, cache, tmp_path, monkeypat
         (["trainer.steps=many"], "trainer.steps"),
         (["mode=half"], "none of full, all, lora"),
         (["steps"], "no key=value"),
-        (["trainer.batch_size=5"], "must be a multiple of micro_batch_size 2"),
+        (["trainer.batch_size=0"], "batch_size must be 1 or more, not 0"),
+        (["trainer.log_every=0"], "log_every must be 1 or more, not 0"),
         (["trainer.optimizer=sgd"], "none of adamw, adamw8bit"),
         (["trainer.mixed_precision=fp16"], "neither fp32 nor bf16"),
         (["flip=true"], "flip=true needs cache.folder=null"),
@@ -337,23 +338,21 @@ def test_wrong_settings(base, cache, tmp_path, monkeypatch, arguments, message):
         run(post_train, [*settings(base, cache, tmp_path / "run"), *arguments], tmp_path, monkeypatch)
 
 
-def make_checkpoint(output: Path, **state) -> None:
-    """Of a run that stopped after two steps; no more of it than is read before a run starts."""
-    folder = output / "checkpoints" / "step-00000002"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": 2, "optimizer": "adamw", "ema_steps": 2} | state))
-
-
 @pytest.mark.parametrize("script", [post_train, pretrain])
 @pytest.mark.parametrize(
     ("state", "arguments", "message"),
     [
+        ({}, ["trainer.batch_size=5"], "must be a multiple of micro_batch_size 2 times 1 processes"),
         ({}, ["trainer.resume=false"], "run/checkpoints has checkpoints already.*choose another trainer.output"),
+        ({"optimizer": "adamw8bit"}, [], "step-00000002 goes on with trainer.optimizer=adamw8bit, not adamw"),
+        ({"optimizer": "adamw"}, [], "step-00000002 has no averaged weights and goes on with trainer.ema_decay=0 only"),
     ],
 )
 def test_what_cannot_go_on_does_not_start(tmp_path, monkeypatch, script, state, arguments, message):
     """Nor is anything opened: there is no base and no VAE."""
-    make_checkpoint(tmp_path / "run", **state)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
     chosen = [a for a in settings("", "", tmp_path / "run") if a.startswith("trainer.")]
     with pytest.raises(SystemExit, match=message):
         run(script, [*chosen, *arguments], tmp_path, monkeypatch)
