@@ -280,7 +280,7 @@ class Trainer:
         parent, is_main = self.folder / "checkpoints", self.accelerator.is_main_process
         folder = parent / f".step-{self.step:08}"
         if is_main:
-            for leftover in parent.glob(".*"):  # of a run that was killed while it wrote
+            for leftover in parent.glob(".step-*"):  # of a run that was killed while it wrote
                 shutil.rmtree(leftover)
         try:
             if is_main:

@@ -233,14 +233,15 @@ def test_a_full_disk_leaves_the_checkpoints_before(base, cache, tmp_path, monkey
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    (checkpoint.parent / ".left").mkdir()  # by a run that was killed
+    (checkpoint.parent / ".step-00000003").mkdir()  # left by a run that was killed
+    (checkpoint.parent / ".DS_Store").touch()  # left by macOS
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["weights.safetensors"]) + 1000, hard))  # stops in the second
     try:
         with pytest.raises(OSError, match=r"step 4 cannot be written into .*Last good checkpoint: .*step-00000002"):
             run(post_train, settings(base, cache, tmp_path / "run"), tmp_path, monkeypatch)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["step-00000002"]
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"step-00000002", ".DS_Store"}
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
     for name in ("run", "whole"):
         run(post_train, settings(base, cache, tmp_path / name), tmp_path, monkeypatch)
