@@ -16,13 +16,16 @@ from test_sharding import (
     arguments_of,
     assert_consolidates,
     assert_follows,
+    begin,
     curve_of,
     launch,
     one,  # noqa: F401
+    relative_distance,
+    start,  # noqa: F401
     take_up,
     train,
 )
-from test_training import base, cache, frames, run, settings, weights  # noqa: F401
+from test_training import base, cache, frames, run, settings  # noqa: F401
 from test_training_dit import vae  # noqa: F401
 
 from finetune import post_train, pretrain
@@ -60,8 +63,9 @@ def in_deepspeed(variables: dict[str, str], function: Callable, *args) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(vae, one):  # noqa: F811
+def runs(vae, start, one):  # noqa: F811
     """The folder of a run in one process, and of the same in two under DeepSpeed."""
+    begin(start, one.parent / "two")
     launch_deepspeed(2, train, "pretrain", arguments_of(vae, one.parent / "two"), one.parent, True)
     return one.parent
 
@@ -74,7 +78,8 @@ def test_two_processes_follow_one(runs):
     assert state["processes"] == 2
 
 
-def test_validation_sees_the_averages(vae, runs, tmp_path):  # noqa: F811
+def test_validation_sees_the_averages(vae, start, runs, tmp_path):  # noqa: F811
+    begin(start, tmp_path / "one")
     train("pretrain", arguments_of(vae, tmp_path / "one"), tmp_path, validates=True)
     ours, theirs = (curve_of(folder, "validation/rgb_loss_at_0.5") for folder in (runs / "two", tmp_path / "one"))
     assert ours.keys() == {4, 6} and ours == pytest.approx(theirs, rel=1e-5)
@@ -130,16 +135,14 @@ POST_TRAININGS = {
 @pytest.mark.parametrize("kind", POST_TRAININGS)
 def test_post_training_of_flux2(base, cache, frames, fresh_accelerate, tmp_path, monkeypatch, kind):  # noqa: F811
     def arguments(output):
-        chosen = settings(base, cache, tmp_path / output, frames, steps=4, batch_size=8, max_grad_norm=1e9)
-        return [*chosen, *POST_TRAININGS[kind]]
+        chosen = {"steps": 4, "batch_size": 8, "max_grad_norm": 1e9, "warmup_steps": 0}
+        return [*settings(base, cache, tmp_path / output, frames, **chosen), *POST_TRAININGS[kind]]
 
     run(post_train, arguments("one"), tmp_path, monkeypatch)
     launch_deepspeed(2, train, "post_train", arguments("two"), tmp_path)
-    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert ours.keys() == theirs.keys()
-    distance = max((tensor - theirs[name]).abs().max().item() for name, tensor in ours.items())
+    distance = relative_distance(tmp_path / "two", tmp_path / "one", "weights")
     print(f"{kind}: weights within {distance:.1e}")
-    assert distance < (1e-4 if "trainer.mixed_precision=bf16" in POST_TRAININGS[kind] else 1e-5)
+    assert distance < (0.1 if "trainer.mixed_precision=bf16" in POST_TRAININGS[kind] else 1e-3)
 
 
 def check_refused(folder: Path, message: str, settings: dict) -> None:

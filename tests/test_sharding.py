@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dry_run import fresh_accelerate  # noqa: F401
-from test_training import base, cache, command, frames, run, settings, weights  # noqa: F401
+from test_training import base, cache, command, frames, run, settings  # noqa: F401
 from test_training_dit import TRAINED_ALONG, pretrain_settings, vae  # noqa: F401
 
 from finetune import consolidate, post_train, pretrain
@@ -84,39 +84,75 @@ def tensors_of(pipeline: Path) -> dict[str, torch.Tensor]:
     return {f"{path.relative_to(pipeline)}:{name}": t for path in files for name, t in load_file(path).items()}
 
 
+def relative_distance(run_folder: Path, other: Path, kind: str) -> float:
+    """How far two runs ended apart, in "weights" or averages ("ema"), in parts of how far the other moved since its
+    checkpoint before the last."""
+    start, end = sorted((other / "checkpoints").iterdir())[-2:]
+    folders = (run_folder / "checkpoints" / end.name, end, start)
+    ours, theirs, before = (read_tensors(folder / kind, {}) for folder in folders)
+    assert ours.keys() == theirs.keys() == before.keys()
+    distance, movement = (torch.cat([(theirs[n] - t[n]).flatten() for n in theirs]).norm() for t in (ours, before))
+    return (distance / movement).item()
+
+
 def assert_follows(run_folder: Path, other: Path) -> None:
-    """The curves of the losses within 1e-4, and the trained pipelines."""
+    """The curves of the losses within 1e-4; the weights and their averages within a thousandth of how far they moved
+    since the checkpoint of step 3, so that what a resumed run loses there shows."""
     ours, theirs = curve_of(run_folder), curve_of(other)
     assert ours.keys() == theirs.keys() == set(range(1, 7))
     curve = max(abs(ours[step] - theirs[step]) for step in ours)
-    ours, theirs = tensors_of(run_folder / "pipeline"), tensors_of(other / "pipeline")
-    assert ours.keys() == theirs.keys()
-    distance = max((tensor - theirs[name]).abs().max().item() for name, tensor in ours.items())
-    print(f"{run_folder.name} against {other.name}: losses within {curve:.1e}, weights within {distance:.1e}")
-    assert curve < 1e-4 and distance < 1e-4
+    weights, averages = (relative_distance(run_folder, other, kind) for kind in ("weights", "ema"))
+    print(f"{run_folder.name} against {other.name}: losses {curve:.1e}, weights {weights:.1e}, averages {averages:.1e}")
+    assert curve < 1e-4 and weights < 1e-3 and averages < 1e-3
 
 
 def arguments_of(vae: Path, output: Path, **trainer) -> list[str]:  # noqa: F811
-    chosen = {"batch_size": 8, "micro_batch_size": 1, "checkpoint_every": 3, "validate_every": 4} | trainer
-    # A new base is idle: gradients of 1e-8 are rounding, which Adam takes for steps of the whole learning rate.
-    chosen["learning_rate"] = 2e-4
-    return [*pretrain_settings(vae, output, TRAINED_ALONG, **chosen), f"cache.folder={output.parent / 'cache'}"]
+    chosen = {"batch_size": 8, "micro_batch_size": 1, "checkpoint_every": 3, "validate_every": 4, "warmup_steps": 0}
+    chosen |= {"learning_rate": 2e-4} | trainer
+    text = [*TRAINED_ALONG, "text_encoder.dropout_rate=0"]  # dropout is not a function of seed and step
+    return [*pretrain_settings(vae, output, text, **chosen), f"cache.folder={output.parent / 'cache'}"]
 
 
 @pytest.fixture(scope="module")
-def one(vae, tmp_path_factory):  # noqa: F811
+def start(vae, tmp_path_factory):  # noqa: F811
+    """
+    A checkpoint from before the first step. A new base is idle: what starts at zero leaves the rest gradients that are
+    rounding, which Adam takes for steps of the whole learning rate. So here nothing is zero.
+    """
+    folder = tmp_path_factory.mktemp("start")
+    train("pretrain", arguments_of(vae, folder / "run", steps=1, learning_rate=0), folder)
+    checkpoint = folder / "run" / "checkpoints" / "step-00000001"
+    weights, optimizer = (load_file(checkpoint / f"{kind}.safetensors") for kind in ("weights", "optimizer"))
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in weights.items():
+        if not tensor.any():
+            weights[name] = 0.2 * torch.randn(tensor.shape, generator=generator)
+    for kind in ("weights", "ema"):
+        save_file(weights, checkpoint / f"{kind}.safetensors")
+    save_file({name: torch.zeros_like(t) for name, t in optimizer.items()}, checkpoint / "optimizer.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps({"step": 0, "optimizer": "adamw", "ema_steps": 0}))
+    return checkpoint
+
+
+def begin(start: Path, output: Path) -> None:
+    shutil.copytree(start, output / "checkpoints" / "step-00000000")
+
+
+@pytest.fixture(scope="module")
+def one(vae, start, tmp_path_factory):  # noqa: F811
     """A run in one process, which is not sharded."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run(pretrain, arguments_of(vae, folder / "one"), folder, monkeypatch)
+    begin(start, folder / "one")
+    train("pretrain", arguments_of(vae, folder / "one"), folder)
     return folder / "one"
 
 
 @pytest.fixture(scope="module")
-def runs(vae, one):  # noqa: F811
+def runs(vae, start, one):  # noqa: F811
     """The folder of that run and of the same in two and four processes, which are sharded."""
-    launch(2, train, "pretrain", arguments_of(vae, one.parent / "two"), one.parent, True)
-    launch(4, train, "pretrain", arguments_of(vae, one.parent / "four"), one.parent)
+    for processes, name, validates in ((2, "two", True), (4, "four", False)):
+        begin(start, one.parent / name)
+        launch(processes, train, "pretrain", arguments_of(vae, one.parent / name), one.parent, validates)
     return one.parent
 
 
@@ -174,8 +210,9 @@ def test_consolidated_bit_by_bit(runs, tmp_path, processes):
         consolidated(tmp_path / "nowhere", tmp_path / "other")
 
 
-def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, one, tmp_path, monkeypatch):  # noqa: F811
+def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, start, one, tmp_path, monkeypatch):  # noqa: F811
     output = tmp_path / "killed"
+    begin(start, output)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     arguments = arguments_of(vae, output, steps=6, checkpoint_every=1, keep_checkpoints=9, validate_every=100)
     process = subprocess.Popen(
@@ -205,10 +242,9 @@ def test_post_training_of_flux2_with_frozen_weights_and_samples_of_several_sizes
     """Processes whose samples fall into micro batches of unequal number would wait for one another for ever."""
 
     def arguments(output):
-        return settings(base, cache, tmp_path / output, frames, steps=4, batch_size=8, max_grad_norm=1e9)
+        chosen = {"steps": 4, "batch_size": 8, "max_grad_norm": 1e9, "warmup_steps": 0}
+        return settings(base, cache, tmp_path / output, frames, **chosen)
 
     run(post_train, arguments("one"), tmp_path, monkeypatch)
     launch(2, train, "post_train", arguments("two"), tmp_path)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert max((tensor - two[name]).abs().max() for name, tensor in one.items()) < 1e-5
+    assert relative_distance(tmp_path / "two", tmp_path / "one", "weights") < 1e-3
