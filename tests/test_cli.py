@@ -395,10 +395,11 @@ def test_convert_round_trip_from_published(published, autoencoder, text_encoder,
     options = ["--text-encoder", text_encoder, "--steps", 1, "--height", 8, "--width", 16]
     run("depth", photo, "-m", published, *options)
     run("depth", photo, "-m", "new/pipeline", *options)
-    assert Path("outputs/photo/depth.npy").read_bytes() == Path("outputs/photo-002/depth.npy").read_bytes()
     run("convert", published, "whole", "--text-encoder", text_encoder)
     run("depth", photo, "-m", "whole", *options[2:])
-    assert Path("outputs/photo/depth.npy").read_bytes() == Path("outputs/photo-003/depth.npy").read_bytes()
+    depth, *others = (np.load(f"outputs/{name}/depth.npy") for name in ("photo", "photo-002", "photo-003"))
+    for other in others:  # the same weights lie elsewhere in memory, on which the last bit of a product depends
+        np.testing.assert_allclose(other, depth, rtol=1e-6)
     assert "give --text-encoder" in refuse("depth", photo, "-m", "new/pipeline")
 
 
