@@ -114,7 +114,8 @@ def refuse(*arguments, code=1):
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit)
     if code == 1:
-        assert result.stderr.splitlines()[0].startswith("error: ")
+        lines = result.stderr.splitlines()  # a bar of the loading may stand before
+        assert any(line.startswith("error: ") for line in lines)
     return re.sub(r"[\s│]+", " ", result.stderr)
 
 
