@@ -114,8 +114,8 @@ def refuse(*arguments, code=1):
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit)
     if code == 1:
-        lines = result.stderr.splitlines()  # a bar of the loading may stand before
-        assert any(line.startswith("error: ") for line in lines)
+        message = re.sub(r"\rLoading pipeline components[^\r\n]*\n?", "", result.stderr)  # its bar may stand before
+        assert message.startswith("error: ")
     return re.sub(r"[\s│]+", " ", result.stderr)
 
 
