@@ -56,11 +56,11 @@ class ScalingConfig:
         scenes: how many of them image -> depth is measured on.
     """
 
-    rungs: list[str] = field(default_factory=lambda: ["dit_2m", "dit_8m", "dit_30m"])
-    budgets: list[int] = field(default_factory=lambda: [0, 2400, 9600])
+    rungs: list[str] = field(default_factory=lambda: ["dit_500k", "dit_2m", "dit_8m"])
+    budgets: list[int] = field(default_factory=lambda: [0, 1600, 6400, 25600])
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     batch_size: int = 16
-    post_training_samples: int = 3200
+    post_training_samples: int = 6400
     vae: str = "mf_diffusers/embedded/model"
     output: str = "outputs/scaling"
     training: list[str] = field(default_factory=list)
@@ -143,6 +143,7 @@ def post_train(config: ScalingConfig, rung: str, budget: int, seed: int) -> Path
     """The post-trained pipeline of a rung that was pre-trained on a budget."""
     folder = Path(config.output) / rung / f"seed-{seed}" / f"model-{budget}"
     if not (folder / "pipeline").is_dir():
+        steps = config.post_training_samples // config.batch_size
         run_script(
             "post_train.py",
             "--config",
@@ -152,7 +153,8 @@ def post_train(config: ScalingConfig, rung: str, budget: int, seed: int) -> Path
             *config.batch,
             f"trainer.seed={seed}",
             f"trainer.output={folder}",
-            f"trainer.steps={config.post_training_samples // config.batch_size}",
+            f"trainer.steps={steps}",
+            f"trainer.cooldown_steps={steps // 2}",
             "trainer.keep_checkpoints=1",
         )
     return folder / "pipeline"

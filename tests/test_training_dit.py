@@ -23,7 +23,7 @@ from mf_diffusers.modality_forcing.text_features import encode_text
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "finetune" / "configs"
-RUNGS = ["dit_2m", "dit_8m", "dit_30m", "dit_100m", "dit_370m", "dit_800m", "dit_3_3b"]
+RUNGS = ["dit_500k", "dit_2m", "dit_8m", "dit_30m", "dit_100m", "dit_370m", "dit_800m", "dit_3_3b"]
 
 
 @pytest.fixture(scope="module")
@@ -270,5 +270,5 @@ def test_shipped_settings(rung, monkeypatch, capsys):
     assert after.cache.pixels == config.cache.pixels == after.sample_size**2
     model = empty_transformer(after)
     depth_free = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name)
-    size = float(name[:-1]) * {"M": 1e6, "B": 1e9}[name[-1]]
+    size = float(name[:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[name[-1]]
     assert depth_free == pytest.approx(size, rel=0.15 if is_small else 0.03)
