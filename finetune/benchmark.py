@@ -42,9 +42,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 from finetune import post_train, pretrain
 from finetune.cache import SHARD, EncodedSamples, shard_path
 from finetune.config import load_config, take_flag
-from finetune.dry_run import TRANSFORMERS, empty_transformer, read_base, read_token_size
 from finetune.encoding import EncodedBatch
 from finetune.memory import DTYPES
+from finetune.models import TRANSFORMERS, empty_transformer, read_base, read_token_size
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
 from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage
 from finetune.start_check import check_start

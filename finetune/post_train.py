@@ -24,17 +24,16 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
-from finetune.dry_run import (
-    DTYPES,
+from finetune.dry_run import report_post_training
+from finetune.encoding import EncodedBatch, Encoder
+from finetune.memory import DTYPES, Launch, memory_verdict, post_training_memory
+from finetune.models import (
     TRANSFORMERS,
     check_architecture,
     empty_transformer,
     live_text_encoder_of_base,
-    report_post_training,
     with_text_of_base,
 )
-from finetune.encoding import EncodedBatch, Encoder
-from finetune.memory import Launch, memory_verdict, post_training_memory
 from finetune.source_check import open_data
 from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result

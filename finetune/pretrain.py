@@ -27,9 +27,10 @@ sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder
 from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
 from finetune.data import ReadReport, Source
-from finetune.dry_run import DTYPES, TEXT_ENCODERS, live_text_encoder, read_token_size, report_pretraining
+from finetune.dry_run import report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.memory import memory_verdict, pretraining_memory
+from finetune.memory import DTYPES, memory_verdict, pretraining_memory
+from finetune.models import TEXT_ENCODERS, live_text_encoder, read_token_size
 from finetune.source_check import open_data
 from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result

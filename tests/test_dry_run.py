@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training import SCENES, base, cache, run, settings, weights  # noqa: F401
 
-from finetune import dry_run, memory, post_train, pretrain
+from finetune import dry_run, memory, models, post_train, pretrain
 from finetune.cache import CacheConfig
 from finetune.config import load_config
 from finetune.post_train import PostTrainConfig, choose_trainable
@@ -45,7 +45,7 @@ def loss_of(pipe, transformer, batch_size=2, text_length=64):
 @pytest.mark.parametrize("base_dtype", ["fp32", "bf16"])
 def test_weights_gradients_optimizer_and_averages_are_counted_exactly(tmp_path, mode, base_dtype):
     pipe = make_pipeline()
-    model = pipe.transformer.to(dry_run.DTYPES[base_dtype])
+    model = pipe.transformer.to(memory.DTYPES[base_dtype])
     choose_trainable(model, PostTrainConfig(mode=mode, lora_rank=2))
     trainer = Trainer(TrainerConfig(output=tmp_path, batch_size=2, micro_batch_size=2), model)
     loss_of(pipe, trainer.prepared).backward()
@@ -113,7 +113,7 @@ def test_klein_settings(name, base_billions, billions, mode, monkeypatch, capsys
     assert f"By --dry-run {in_all} GiB" in path.read_text()
     assert "CANNOT BE READ" in printed  # the data is for the user to give
 
-    model = dry_run.empty_transformer(load_config(PostTrainConfig, ["--config", str(path)]))
+    model = models.empty_transformer(load_config(PostTrainConfig, ["--config", str(path)]))
     counts = {n: p.numel() for n, p in model.named_parameters()}
     assert all(p.is_meta for p in model.parameters())
     assert sum(counts.values()) / 1e9 == pytest.approx(billions, abs=0.1)

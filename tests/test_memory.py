@@ -13,8 +13,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, UMT5Config, UMT5EncoderM
 from finetune import memory, post_train
 from finetune.cache import CacheConfig
 from finetune.config import load_config
-from finetune.dry_run import live_text_encoder, live_text_encoder_of_base
 from finetune.memory import SHARDED_LAUNCH, Launch
+from finetune.models import live_text_encoder, live_text_encoder_of_base
 from finetune.post_train import PostTrainConfig
 from finetune.pretrain import PretrainConfig, TextToImage
 from finetune.trainer import TrainerConfig, join_processes

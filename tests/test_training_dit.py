@@ -15,7 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from finetune import post_train, pretrain
 from finetune.config import load_config
-from finetune.dry_run import empty_transformer
+from finetune.models import empty_transformer
 from finetune.pretrain import PretrainConfig, train_unigram
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.text_features import encode_text
