@@ -221,6 +221,36 @@ def test_same_seed_same_result(pipe):
     assert not np.array_equal(call(pipe, "a cat").images, call(pipe, "a cat", seed=1).images)
 
 
+@pytest.fixture
+def stochastic_pipe():
+    pipe = make_pipeline()
+    for name in ("scheduler", "depth_scheduler"):
+        config = getattr(pipe, name).config
+        setattr(pipe, name, FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True))
+    return pipe
+
+
+@pytest.mark.parametrize("inputs", [{"height": 24, "width": 24}, {"image": IMAGE}, {"depth": DEPTH, "log2_alpha": -5}])
+def test_stochastic_sampling_is_seeded(stochastic_pipe, inputs):
+    def results(prompts, seeds, steps=3):
+        torch.manual_seed(len(prompts))  # the global generator plays no part
+        output = stochastic_pipe(
+            prompts, generator=[*map(seeded, seeds)], num_inference_steps=steps, output_type="np", **inputs
+        )
+        return [part for part in (output.images, output.depth) if part is not None]
+
+    both = results(["a cat", "a dog"], [1, 2])
+    for i, prompt in enumerate(["a cat", "a dog"]):
+        for one, of_both in zip(results([prompt], [i + 1]), both):
+            assert np.allclose(one[0], of_both[i], rtol=1e-3, atol=1e-4)
+
+
+def test_stochastic_sampling_adds_noise_in_every_step_but_the_last(pipe, stochastic_pipe):
+    for steps, is_same in (1, True), (2, False):
+        images = [call(p, "a cat", num_inference_steps=steps).images for p in (pipe, stochastic_pipe)]
+        assert np.allclose(*images, atol=1e-5) == is_same
+
+
 def test_prompt_embeds(pipe):
     prompt_embeds, text_ids = pipe.encode_prompt(["a cat", "a dog"])
     assert prompt_embeds.shape == (2, 64, 48) and text_ids.shape == (1, 64, 4)

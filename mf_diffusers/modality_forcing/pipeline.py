@@ -38,7 +38,9 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
     Args:
         transformer ([`ModalityForcingFlux2Transformer2DModel`] or [`ModalityForcingDiTTransformer2DModel`]):
             Denoiser of both modalities.
-        scheduler ([`FlowMatchEulerDiscreteScheduler`]): Walks the RGB noise levels.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]):
+            Walks the RGB noise levels. With `stochastic_sampling`, which helps a model that has trained little, every
+            step adds noise anew, drawn from `generator`.
         depth_scheduler ([`FlowMatchEulerDiscreteScheduler`]):
             Walks the depth noise levels where depth alone is made. Where both are made, depth follows the RGB levels
             along the trajectory that `log2_alpha` names. Absent where the transformer has no depth.
@@ -360,6 +362,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         depth_ids: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None = None,
         depth_condition: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         progress_bar=None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = (),
@@ -375,6 +378,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
             negative_prompt_embeds: Features of ""; guidance is on where they are given and `guidance_scale` is above 1.
             depth_condition (`torch.Tensor`): Clean depth tokens that steer the image loosely: the depth stream is
                 not sampled but is this map at the scheduler's noise level, `depth_latents` being its noise.
+            generator: Draws the noise of schedulers with `stochastic_sampling`.
 
         Returns:
             The two streams' tokens after the last step.
@@ -424,11 +428,17 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
                     clean_depth = uncond_depth + self.guidance_scale * (clean_depth - uncond_depth)
 
             if scheduler is not None:
-                latents = scheduler.step(velocity, scheduler.timesteps[i], latents, return_dict=False)[0]
+                latents = scheduler.step(
+                    velocity, scheduler.timesteps[i], latents, generator=generator, return_dict=False
+                )[0]
             if depth_scheduler is not None and depth_condition is None:
                 depth_velocity = velocity_from_clean(depth_latents, clean_depth, depth_sigmas[i])
                 depth_latents = depth_scheduler.step(
-                    depth_velocity, depth_scheduler.timesteps[i], depth_latents, return_dict=False
+                    depth_velocity,
+                    depth_scheduler.timesteps[i],
+                    depth_latents,
+                    generator=generator,
+                    return_dict=False,
                 )[0]
 
             if callback_on_step_end is not None:
@@ -633,6 +643,7 @@ class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityF
         denoise_kwargs = {
             "latent_ids": position_ids(rows=rows, columns=columns).to(device),
             "depth_ids": position_ids(time=1, rows=rows, columns=columns).to(device),
+            "generator": generator,
             "callback_on_step_end": callback_on_step_end,
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
