@@ -29,15 +29,17 @@ from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_de
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
 EMBEDDED_SCENES = Path(__file__).parent / "embedded" / "scenes"
 PROMPTS = (  # in the words of the embedded model, those of finetune/scenes
-    "a large red ball and a blue cube in a room with a wooden floor",
-    "a large orange sphere on a grassy plain under a cloudy sky",
     "a teal cone left of a purple cylinder in a sandy desert under an evening sky",
+    "a large blue box in a room with a tiled wall and a red floor",
+    "a large orange box on a snowy plain under a clear sky",
 )
-GIVEN_SCENE, NEW_PROMPT = "test-034", "a blue cylinder right of a large red sphere in a room with a wooden floor"
+GIVEN_SCENE = "test-116"
+NEW_PROMPT = "a large red cone is in front of a large yellow cube on a grassy plain under a cloudy sky"
+GUIDANCE_SCALE = 3.0  # where the embedded model draws whole objects: with more they merge, with less some are missing
 STRENGTHS = {"loosely": -5, "tightly": -11, "rigidly": None}  # log2_alpha of depth -> image
 DEPTH_STEPS = 1  # the mean of what fits the image; the embedded model errs more in more steps, see its card
 ERRORS = ("abs_rel", "delta1")
-CELL = 224
+CELL = 144  # about twice the side of the embedded model's pictures
 
 Scene = namedtuple("Scene", "name caption image depth")  # depth (H, W) in metres, 0 for the sky
 
@@ -101,6 +103,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
             "model": Path(model).resolve() if Path(model).exists() else model,
             "seed": seed,
             "steps": {"images": steps, "depth": depth_steps},
+            "guidance_scale": GUIDANCE_SCALE,
             "device": device,
             "dtype": str(dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version()}
@@ -126,7 +129,11 @@ def from_text(make, folder, seed, steps, depth_steps):
     """Results of `PROMPTS`, their depth made anew from the image: what metadata.json says of each, and their sheet."""
     facts, rows = [], []
     seeds = range(seed, seed + len(PROMPTS))
-    settings = {"num_inference_steps": steps, "num_refinement_steps": depth_steps}
+    settings = {
+        "num_inference_steps": steps,
+        "num_refinement_steps": depth_steps,
+        "guidance_scale": GUIDANCE_SCALE,
+    }
     made = make("text to image and depth", seeds, prompt=list(PROMPTS), **settings)
     for number, (prompt, image, depth, mask) in enumerate(zip(PROMPTS, made.images, made.depth, made.depth_mask)):
         facts.append({"result": f"text-{number + 1}", "prompt": prompt, "seed": seed + number})
@@ -161,7 +168,12 @@ def from_depth(make, folder, seed, steps, scenes):
     """Images of the depth of `GIVEN_SCENE` at every conditioning strength: what metadata.json says, and the sheet."""
     facts, rows = [], []
     given = next(scene.depth for scene in scenes if scene.name == GIVEN_SCENE)
-    inputs = {"depth": given, "prompt": NEW_PROMPT, "num_inference_steps": steps}
+    inputs = {
+        "depth": given,
+        "prompt": NEW_PROMPT,
+        "num_inference_steps": steps,
+        "guidance_scale": GUIDANCE_SCALE,
+    }
     for strength, log2_alpha in STRENGTHS.items():
         image = make(f"depth to image, {strength}", [seed], log2_alpha=log2_alpha, **inputs).images[0]
         facts.append({"result": f"image-{strength}", "prompt": NEW_PROMPT, "seed": seed, "log2_alpha": log2_alpha})
