@@ -29,17 +29,16 @@ from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_de
 EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
 EMBEDDED_SCENES = Path(__file__).parent / "embedded" / "scenes"
 PROMPTS = (  # in the words of the embedded model, those of finetune/scenes
-    "a teal cone left of a purple cylinder in a sandy desert under an evening sky",
-    "a large blue box in a room with a tiled wall and a red floor",
     "a large orange box on a snowy plain under a clear sky",
+    "a green box in a room with a tiled wall and a blue floor",
+    "a blue box left of a red cylinder on a grassy plain under a clear sky",
 )
-GIVEN_SCENE = "test-116"
-NEW_PROMPT = "a large red cone is in front of a large yellow cube on a grassy plain under a cloudy sky"
+GIVEN_SCENE, NEW_PROMPT = "test-116", "a large purple cone and a purple cube on a snowy plain under a clear sky"
 GUIDANCE_SCALE = 3.0  # where the embedded model draws whole objects: with more they merge, with less some are missing
 STRENGTHS = {"loosely": -5, "tightly": -11, "rigidly": None}  # log2_alpha of depth -> image
 DEPTH_STEPS = 1  # the mean of what fits the image; the embedded model errs more in more steps, see its card
 ERRORS = ("abs_rel", "delta1")
-CELL = 144  # about twice the side of the embedded model's pictures
+CELL = 144  # a little more than twice the side of the embedded model's pictures
 
 Scene = namedtuple("Scene", "name caption image depth")  # depth (H, W) in metres, 0 for the sky
 
