@@ -60,7 +60,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
         model: folder or Hub id of a pipeline. None: the embedded model.
         output: the new folder; see `place_result` for what happens when there is one already.
         seed: of the first result of a task; the second has the next, and so on. Conditioning strengths share one.
-        steps: Euler steps of the tasks that make images; the depth of an image takes no more than `DEPTH_STEPS`.
+        steps: Euler steps of the tasks that make images; the depth of an image takes `DEPTH_STEPS`.
         loading: `text_encoder`, `lora`, `offload` and `offline` of `load_pipeline`.
 
     Returns what metadata.json says. Raises FileNotFoundError when there is no such model.
@@ -70,14 +70,14 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
         raise FileNotFoundError(f"this installation has no embedded model, {EMBEDDED_MODEL}: give one by --model.")
     model = str(model or EMBEDDED_MODEL)
     output = Path(output) if Path(output).name else Path(output).resolve()
-    depth_steps = min(steps, DEPTH_STEPS)
+    sampling = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}  # of the tasks that make images
     console = Console(stderr=True)
     progress = Progress(console=console, disable=quiet or not console.is_terminal, transient=True)
     with temporary_folder(output.parent) as folder, warnings.catch_warnings(), progress:
         warnings.showwarning = lambda message, category, *_: (
             None if quiet or category is not UserWarning else print(f"warning: {message}", file=sys.stderr)
         )
-        task = progress.add_task("loading", total=steps * (1 + len(STRENGTHS)) + 2 * depth_steps)
+        task = progress.add_task("loading", total=steps * (1 + len(STRENGTHS)) + 2 * DEPTH_STEPS)
         pipe = load_pipeline(model, device, dtype, **loading)
         pipe.set_progress_bar_config(disable=True)
 
@@ -92,16 +92,16 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
             )
 
         scenes = demo_scenes()
-        texts, text_sheet = from_text(make, folder, seed, steps, depth_steps)
-        depths, depth_sheet = from_images(make, folder, seed, depth_steps, scenes)
-        images, image_sheet = from_depth(make, folder, seed, steps, scenes)
+        texts, text_sheet = from_text(make, folder, seed, sampling)
+        depths, depth_sheet = from_images(make, folder, seed, scenes)
+        images, image_sheet = from_depth(make, folder, seed, sampling, scenes)
         joined([joined([text_sheet, image_sheet], below=True), depth_sheet]).save(folder / "contact_sheet.png")
         mean = mean_metrics([{name: facts[name] for name in ERRORS} for facts in depths])
         metadata = {
             "command": "demo",
             "model": Path(model).resolve() if Path(model).exists() else model,
             "seed": seed,
-            "steps": {"images": steps, "depth": depth_steps},
+            "steps": {"images": steps, "depth": DEPTH_STEPS},
             "guidance_scale": GUIDANCE_SCALE,
             "device": device,
             "dtype": str(dtype).removeprefix("torch."),
@@ -124,16 +124,12 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
     return metadata
 
 
-def from_text(make, folder, seed, steps, depth_steps):
+def from_text(make, folder, seed, sampling):
     """Results of `PROMPTS`, their depth made anew from the image: what metadata.json says of each, and their sheet."""
     facts, rows = [], []
     seeds = range(seed, seed + len(PROMPTS))
-    settings = {
-        "num_inference_steps": steps,
-        "num_refinement_steps": depth_steps,
-        "guidance_scale": GUIDANCE_SCALE,
-    }
-    made = make("text to image and depth", seeds, prompt=list(PROMPTS), **settings)
+    inputs = {"prompt": list(PROMPTS), "num_refinement_steps": DEPTH_STEPS} | sampling
+    made = make("text to image and depth", seeds, **inputs)
     for number, (prompt, image, depth, mask) in enumerate(zip(PROMPTS, made.images, made.depth, made.depth_mask)):
         facts.append({"result": f"text-{number + 1}", "prompt": prompt, "seed": seed + number})
         write(folder, facts[-1], image, depth, mask=mask)
@@ -141,11 +137,11 @@ def from_text(make, folder, seed, steps, depth_steps):
     return facts, contact_sheet(rows, PROMPTS, ("image made", "depth made"), CELL, "Text to image and depth")
 
 
-def from_images(make, folder, seed, steps, scenes):
+def from_images(make, folder, seed, scenes):
     """Depth of the images of `scenes`: its errors after affine alignment for each, and the sheet."""
     facts, rows, labels = [], [], []
     images = [scene.image for scene in scenes]
-    made = make("image to depth", range(seed, seed + len(scenes)), image=images, num_inference_steps=steps)
+    made = make("image to depth", range(seed, seed + len(scenes)), image=images, num_inference_steps=DEPTH_STEPS)
     for number, (scene, depth, mask) in enumerate(zip(scenes, made.depth, made.depth_mask)):
         valid = scene.depth > 0
         aligned = align_affine_robust(depth, scene.depth).apply(depth)
@@ -160,19 +156,14 @@ def from_images(make, folder, seed, steps, scenes):
         rows.append([scene.image, *(Image.fromarray(colorize_depth(*d, near=near, far=far)) for d in depths), error])
         labels.append(f"AbsRel {errors['abs_rel']:.1%}\nδ1 {errors['delta1']:.1%}")
     columns = "image given", "depth made", "true depth", f"error, yellow from {BRIGHTEST_ERROR:.0%}"
-    return facts, contact_sheet(rows, labels, columns, CELL, f"Image to depth in {steps} step{'s' * (steps > 1)}")
+    return facts, contact_sheet(rows, labels, columns, CELL, f"Image to depth in {DEPTH_STEPS} step")
 
 
-def from_depth(make, folder, seed, steps, scenes):
+def from_depth(make, folder, seed, sampling, scenes):
     """Images of the depth of `GIVEN_SCENE` at every conditioning strength: what metadata.json says, and the sheet."""
     facts, rows = [], []
     given = next(scene.depth for scene in scenes if scene.name == GIVEN_SCENE)
-    inputs = {
-        "depth": given,
-        "prompt": NEW_PROMPT,
-        "num_inference_steps": steps,
-        "guidance_scale": GUIDANCE_SCALE,
-    }
+    inputs = {"depth": given, "prompt": NEW_PROMPT} | sampling
     for strength, log2_alpha in STRENGTHS.items():
         image = make(f"depth to image, {strength}", [seed], log2_alpha=log2_alpha, **inputs).images[0]
         facts.append({"result": f"image-{strength}", "prompt": NEW_PROMPT, "seed": seed, "log2_alpha": log2_alpha})
