@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ class LoaderConfig:
         seed: of the flips.
         workers: DataLoader workers of each process; 0 reads in the process itself.
         window: steps over which samples are sorted into batches of one size.
-        depth_density, depth_pattern: share of the pixels whose depth is kept, and how it is thinned
-            (finetune/sparsify.py).
+        depth_density, depth_pattern: share of the pixels whose depth is kept, or a range of shares, and how it is
+            thinned (finetune/sparsify.py).
     """
 
     batch_size: int = 8
@@ -42,7 +42,7 @@ class LoaderConfig:
     seed: int = 0
     workers: int = 4
     window: int = 128
-    depth_density: float = 1.0
+    depth_density: Any = 1.0
     depth_pattern: str = "random"
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -36,14 +37,15 @@ class CacheConfig:
         samples: how many samples of the source to encode; without a cache there are as many as the steps take.
         pixels: area near which they are worked on, at their own aspect ratio.
         text: whether to keep text features too (not when the text encoder is in training).
-        depth_density: share of the pixels whose depth is kept, thinned as `depth_pattern` (finetune/sparsify.py) says.
+        depth_density: share of the pixels whose depth is kept, thinned as `depth_pattern` (finetune/sparsify.py) says;
+            a range [0.01, 1.0] for samples that each draw their own, as in a mixture of dense and sparse data sets.
     """
 
     folder: str | None = "outputs/cache"
     samples: int = 1000
     pixels: int = 512 * 512
     text: bool = True
-    depth_density: float = 1.0
+    depth_density: Any = 1.0
     depth_pattern: str = "random"
 
 

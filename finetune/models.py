@@ -121,6 +121,8 @@ def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel | Modali
     with torch.device("meta"):
         has_depth = base.get("depth_channels") is not None  # such a base keeps its own
         model = TRANSFORMERS[config.architecture](**(base if has_depth else base | depth))
+        if has_depth and config.extra_depth_decoder_layers:
+            model.deepen_depth_decoder(config.extra_depth_decoder_layers)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[config.base_dtype])
     return model

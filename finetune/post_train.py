@@ -62,6 +62,8 @@ class PostTrainConfig:
             the trunk, and the new depth modules.
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
+        extra_depth_decoder_layers: blocks added to the depth decoder of a base that has depth already (architecture
+            "flux2"); they start as the identity.
         depth_processor: arguments of the `DepthProcessor` besides the patch size, `infinite_depth` for example.
         text_encoder_out_layers, max_sequence_length, sample_size: of the pipeline that is written.
         validation_samples: how many of the held-out samples a validation takes.
@@ -76,6 +78,7 @@ class PostTrainConfig:
     mode: str = "full"
     lora_rank: int = 64
     num_depth_decoder_layers: int = 4
+    extra_depth_decoder_layers: int = 0
     depth_processor: dict[str, Any] = field(default_factory=dict)
     text_encoder_out_layers: list[int] = field(default_factory=lambda: [9, 18, 27])
     max_sequence_length: int = 512
@@ -101,6 +104,8 @@ def check(config: PostTrainConfig) -> None:
         raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(TRANSFORMERS)}")
     if config.architecture == "dit" and config.mode != "all":
         raise SystemExit(f"error: mode {config.mode!r} is for FLUX.2's blocks: architecture=dit trains with mode=all")
+    if config.architecture == "dit" and config.extra_depth_decoder_layers:
+        raise SystemExit("error: extra_depth_decoder_layers is for architecture=flux2")
     if config.base_dtype not in DTYPES:
         raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":
@@ -156,7 +161,10 @@ def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.n
     if isinstance(base, ModalityForcingPipeline) and base.has_depth:
         base.register_to_config(default_sample_size=config.sample_size)
         has_copy_to_teach = config.distils and config.mode != "lora"  # see `make_teacher`
-        return base, deepcopy(base.transformer) if has_copy_to_teach else base.transformer
+        teacher = deepcopy(base.transformer) if has_copy_to_teach else base.transformer
+        if config.extra_depth_decoder_layers:
+            base.transformer.deepen_depth_decoder(config.extra_depth_decoder_layers)
+        return base, teacher
     pipe = ModalityForcingPipeline.from_base(
         base,
         num_depth_decoder_layers=config.num_depth_decoder_layers,

@@ -7,6 +7,7 @@ sends nothing back. The generator alone decides the mask. All raise ValueError f
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -126,23 +127,50 @@ def _keep_lowest(score, depth, density):
     return mask.view(depth.shape)
 
 
-SPARSIFIERS = {"random": random_points, "lidar": lidar_lines, "holes": sensor_holes, "patches": patches, "cells": cells}
+def dense(depth: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """Every valid pixel, whatever the density: the share of rendered depth in a mixture of patterns."""
+    return _keep_lowest(torch.zeros(depth.shape), depth, density=1.0)
 
 
-def thin(sample: dict, density: float, pattern: str, index: int) -> dict:
+SPARSIFIERS = {
+    "dense": dense,
+    "random": random_points,
+    "lidar": lidar_lines,
+    "holes": sensor_holes,
+    "patches": patches,
+    "cells": cells,
+}
+
+
+def thin(sample: dict, density: float | Sequence[float], pattern: str, index: int) -> dict:
     """
-    A sample with `density` of its depth.
+    A sample with a part of its depth.
 
     Args:
-        pattern: a name in `SPARSIFIERS`, or several joined by "+", which the samples take in turn.
+        density: share of the valid pixels that is kept; two numbers are the ends of a range from which each sample
+            draws its own, evenly in the logarithm.
+        pattern: a name in `SPARSIFIERS`, or several joined by "+", which the samples take in turn; a name may stand
+            there more than once.
         index: of the sample; it decides which pixels stay.
 
-    Raises ValueError for a pattern that does not exist.
+    Raises ValueError for a pattern that does not exist, and for a density that is no share or range of shares.
     """
-    if density == 1:
+    low, high = _range_of(density)
+    if low == high == 1:
         return sample
     patterns = pattern.split("+")
     if not SPARSIFIERS.keys() >= set(patterns):
         raise ValueError(f"depth_pattern {pattern!r}: choose of {', '.join(SPARSIFIERS)}, or several joined by +")
-    mask = SPARSIFIERS[patterns[index % len(patterns)]](sample["depth"], density, torch.Generator().manual_seed(index))
+    generator = torch.Generator().manual_seed(index)
+    if low < high:
+        low *= (high / low) ** torch.rand((), generator=generator).item()
+    mask = SPARSIFIERS[patterns[index % len(patterns)]](sample["depth"], low, generator)
     return sample | {"depth": torch.where(mask, sample["depth"], 0.0)}
+
+
+def _range_of(density):
+    """The ends (low, high) of a density or of a range of densities."""
+    ends = [density, density] if isinstance(density, (int, float)) else density
+    if not (isinstance(ends, Sequence) and len(ends) == 2 and 0 < ends[0] <= ends[1] <= 1):
+        raise ValueError(f"depth_density {density!r} is neither a share in (0, 1] nor a range [low, high] of shares")
+    return tuple(ends)

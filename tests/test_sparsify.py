@@ -18,7 +18,10 @@ def depth() -> torch.Tensor:
     return torch.where(depth.isfinite(), depth, 0.0)
 
 
-@pytest.mark.parametrize("name", SPARSIFIERS)
+THINNING = [name for name in SPARSIFIERS if name != "dense"]
+
+
+@pytest.mark.parametrize("name", THINNING)
 @pytest.mark.parametrize("density", [0.005, 0.03, 0.2, 0.5, 0.9, 1.0])
 def test_density_is_hit_on_valid_pixels_only(depth, name, density):
     mask = SPARSIFIERS[name](depth, density, generator())
@@ -28,14 +31,14 @@ def test_density_is_hit_on_valid_pixels_only(depth, name, density):
     assert abs(int(mask.sum()) - density * int((depth > 0).sum())) <= 1
 
 
-@pytest.mark.parametrize("name", SPARSIFIERS)
+@pytest.mark.parametrize("name", THINNING)
 def test_generator_decides(depth, name):
     first, again, other = (SPARSIFIERS[name](depth, 0.1, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", SPARSIFIERS)
+@pytest.mark.parametrize("name", THINNING)
 def test_edge_cases(name):
     assert not SPARSIFIERS[name](torch.zeros(1, 8, 8), 0.5, generator()).any()
     assert SPARSIFIERS[name](torch.ones(1, 1, 9), 0.001, generator()).sum() == 1
@@ -111,5 +114,28 @@ def test_samples_take_patterns_in_turn():
         mask = SPARSIFIERS[("random", "patches")[index % 2]](sample["depth"], 0.1, generator(index))
         assert torch.equal(thinned, torch.where(mask, torch.inf, 0.0))
     assert thin(sample, 1, "random", 0) is sample
-    with pytest.raises(ValueError, match="choose of random, lidar, holes, patches, cells"):
+    with pytest.raises(ValueError, match="choose of dense, random, lidar, holes, patches, cells"):
         thin(sample, 0.1, "random+stripes", 0)
+
+
+def test_a_range_of_densities_is_drawn_evenly_in_the_logarithm():
+    sample = {"depth": torch.ones(1, 64, 64)}
+    kept = torch.tensor([thin(sample, [0.01, 1.0], "random", index)["depth"].mean().item() for index in range(400)])
+    assert kept.min() < 0.012
+    assert kept.max() > 0.95
+    assert abs(kept.log10().mean() + 1) < 0.1  # the middle of 1% and 100%
+    again = thin(sample, [0.01, 1.0], "random", 7)["depth"]
+    assert torch.equal(again, thin(sample, [0.01, 1.0], "random", 7)["depth"])
+
+
+def test_dense_samples_take_their_turn_in_a_mixture():
+    sample = {"depth": torch.ones(1, 16, 16)}
+    kept = [thin(sample, [0.01, 0.5], "dense+random", index)["depth"].mean().item() for index in range(6)]
+    assert kept[::2] == [1.0] * 3
+    assert max(kept[1::2]) <= 0.51
+
+
+@pytest.mark.parametrize("density", [0, [0.5, 0.1], [0.1], [0.1, 2], "all", [0.1, 0.2, 0.3]])
+def test_wrong_densities_are_named(density):
+    with pytest.raises(ValueError, match="depth_density"):
+        thin({"depth": torch.ones(1, 8, 8)}, density, "random", 0)

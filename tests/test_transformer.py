@@ -106,6 +106,18 @@ def test_gradients_reach_every_added_weight(base):
     assert all(parameter.grad.any() for name, parameter in model.named_parameters())
 
 
+def test_a_deeper_decoder_starts_as_it_was_and_learns(model, tmp_path):
+    inputs = make_inputs()
+    before = run(model, inputs)
+    layers = model.config.num_depth_decoder_layers
+    model.deepen_depth_decoder(2)
+    assert all(torch.equal(*pair) for pair in zip(run(model, inputs), before))
+    model(**inputs).depth_sample.square().mean().backward()
+    assert all(block.attn.to_out.weight.grad.any() for block in model.depth_decoder_blocks[layers:])
+    model.save_pretrained(tmp_path)
+    assert len(type(model).from_pretrained(tmp_path).depth_decoder_blocks) == layers + 2
+
+
 # Streams
 
 

@@ -1,5 +1,6 @@
 """FLUX.2 with a depth stream: the transformer of Modality Forcing (paper, section on the FLUX.2 variant)."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +484,20 @@ class ModalityForcingFlux2Transformer2DModel(
             )
         graft_depth(model, base, depth_stream_clones(model.state_dict()))
         return model
+
+    def deepen_depth_decoder(self, num_layers: int) -> None:
+        """
+        Adds blocks at the end of the depth decoder. They start as the identity (their output projections are zero), so
+        the model predicts what it did before until they are trained.
+
+        Args:
+            num_layers (`int`): How many blocks to add; at least 1.
+        """
+        for _ in range(num_layers):
+            block = deepcopy(self.depth_decoder_blocks[-1])
+            nn.init.zeros_(block.attn.to_out.weight)
+            self.depth_decoder_blocks.append(block)
+        self.register_to_config(num_depth_decoder_layers=len(self.depth_decoder_blocks))
 
     @classmethod
     def from_published(
