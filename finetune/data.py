@@ -38,7 +38,8 @@ from mf_diffusers.datasets.folder import (
     upright_size,
 )
 from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_image
-from mf_diffusers.modality_forcing.image_processor import as_rgb, image_to_tensor
+from mf_diffusers.modality_forcing.image_processor import image_to_tensor
+from mf_diffusers.pictures import as_rgb
 
 
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")

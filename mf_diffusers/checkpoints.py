@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import HfFileSystem, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from mf_diffusers.modality_forcing import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
+from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.conversion import convert_published_transformer
 from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU, TEXT_ENCODERS
 from mf_diffusers.results import save_whole

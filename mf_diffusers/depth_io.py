@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mf_diffusers.files import atomic_write
-from mf_diffusers.modality_forcing.image_processor import as_rgb
+from mf_diffusers.pictures import as_rgb
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

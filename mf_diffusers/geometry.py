@@ -8,12 +8,11 @@ of glTF, so that they open upright in the usual viewers.
 from pathlib import Path
 
 import numpy as np
-import trimesh
 from PIL import Image
 
 from mf_diffusers.depth_io import as_depth_map
 from mf_diffusers.files import atomic_write
-from mf_diffusers.modality_forcing.image_processor import as_rgb
+from mf_diffusers.pictures import as_rgb
 
 
 FOV_DEGREES = 55.0
@@ -161,6 +160,8 @@ def save_ply(path, points, colors):
     Raises ValueError for another suffix, shape or type, FileNotFoundError when the folder is missing.
     """
     _check_model(path, ".ply", points, colors)
+    import trimesh  # half a second, of which who only looks at depth needs nothing
+
     cloud = trimesh.PointCloud(np.asarray(points) * OPENCV_TO_GLTF, colors)
     with atomic_write(path) as temporary:
         temporary.write_bytes(cloud.export(file_type="ply"))
@@ -186,6 +187,8 @@ def save_glb(path, vertices, faces, colors):
         raise ValueError(f"faces of shape {faces.shape}, {faces.dtype} must be integers (M, 3), M > 0")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"faces name vertices {faces.min()}..{faces.max()}, but there are 0..{len(vertices) - 1}")
+    import trimesh
+
     surface = trimesh.Trimesh(
         np.asarray(vertices) * OPENCV_TO_GLTF,
         faces,

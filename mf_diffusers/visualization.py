@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mf_diffusers.depth_io import as_depth_map
-from mf_diffusers.modality_forcing.image_processor import as_rgb
+from mf_diffusers.pictures import as_rgb
 
 
 MISSING_GRAY = 80

@@ -15,7 +15,7 @@ from mf_diffusers.depth_io import (
     write_depth,
 )
 from mf_diffusers.files import atomic_write
-from mf_diffusers.modality_forcing.image_processor import as_rgb
+from mf_diffusers.pictures import as_rgb
 
 
 DEPTH = np.array([[0.5, 1.25, 0], [3, 7.75, 2.5]], dtype=np.float32)

@@ -1,0 +1,187 @@
+"""A batch of sources, each of which becomes a result folder; the model is loaded once."""
+
+import hashlib
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import mf_diffusers
+from mf_diffusers.checkpoints import load_pipeline
+from mf_diffusers.commands.console import debugging, reason, warnings_as_lines
+from mf_diffusers.commands.machine import device_and_dtype, hush_libraries
+from mf_diffusers.commands.options import Options
+from mf_diffusers.results import place_result, temporary_folder, write_result
+
+
+class Batch:
+    """The results of one call of a command.
+
+    Args:
+        command: its name.
+        options: what the commands share.
+        own: the command's other options by name, for metadata.json.
+    """
+
+    def __init__(self, command: str, options: Options, own: dict[str, Any]):
+        self.command, self.options, self.own = command, options, own
+        self.written = []
+
+    def run(self, sources: list[str] | list[Path], inputs: Callable[[str | Path], dict[str, Any]]) -> None:
+        """Make and write the result of every source; what failed is reported when all are through.
+
+        Args:
+            sources: prompts, or paths of input files.
+            inputs: makes the pipeline's arguments of a source.
+        """
+        self.check(sources)
+        self.load()
+        failures = []
+        progress = progress_bar(self.options.quiet)
+        all_results = progress.add_task(self.command, total=len(sources), visible=len(sources) > 1)
+        this_result = progress.add_task("", total=None)
+
+        def after_step(pipe, step, timestep, tensors):
+            progress.update(this_result, total=pipe.num_timesteps, advance=1)
+            progress.advance(all_results, 1 / pipe.num_timesteps)
+            return {}
+
+        with progress, warnings_as_lines(self.options.quiet):
+            for number, source in enumerate(sources):
+                progress.reset(this_result, total=None, description=name_of(source))
+                try:
+                    path = self.write(source, *self.make(source, number, inputs, after_step))
+                except (ValueError, OSError, torch.OutOfMemoryError) as error:
+                    if debugging():
+                        raise
+                    failures.append(reason(error, source))
+                else:
+                    self.written.append(path)
+                    if not self.options.quiet:
+                        print(path, flush=True)  # not typer.echo, which would write past the live display
+                progress.update(all_results, completed=number + 1)
+
+        for failure in failures:
+            typer.echo(f"error: {failure}", err=True)
+        if failures and len(sources) > 1:
+            typer.echo(f"{len(failures)} of {len(sources)} failed, {len(self.written)} are written.", err=True)
+        if failures:
+            raise typer.Exit(1)
+
+    def check(self, sources: list[str] | list[Path]) -> None:
+        """Find out what cannot work before the model is loaded."""
+        with temporary_folder(self.options.output):
+            pass
+        files = [source for source in sources if isinstance(source, Path)]
+        if files and not any(file.is_file() for file in files):
+            raise FileNotFoundError(f"{', '.join(map(str, files))}: no such file")
+        lora = self.options.lora or ""
+        if lora.endswith(".safetensors") and not Path(lora).is_file():
+            raise FileNotFoundError(f"--lora {lora}: no such file")
+
+    def load(self) -> None:
+        options = self.options
+        self.device, self.dtype = device_and_dtype(options.device, options.dtype, options.offload)
+        if options.quiet:
+            hush_libraries(errors_alone=True)
+        self.pipe = load_pipeline(
+            options.model,
+            self.device,
+            self.dtype,
+            text_encoder=options.text_encoder,
+            lora=options.lora,
+            offload=options.offload,
+            offline=options.offline,
+        )
+        self.pipe.set_progress_bar_config(disable=True)  # its steps are the second line of the display
+
+    def make(self, source, number: int, inputs, after_step):
+        """What was given, what the pipeline made of it, and what there is to say of it."""
+        started = time.perf_counter()
+        seed = self.options.seed + number
+        given = inputs(source)
+        made = self.pipe(
+            **given,
+            height=self.options.height,
+            width=self.options.width,
+            num_inference_steps=self.options.steps,
+            guidance_scale=self.options.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=[],
+        )
+        facts = self.describe(source, given["prompt"], seed)
+        return given, made, facts | {"seconds": round(time.perf_counter() - started, 3)}
+
+    def write(self, source, given: dict[str, Any], made, facts: dict[str, Any]) -> Path:
+        """Write the result folder of a source, and return its path."""
+        options = self.options
+        picture = given["image"] if made.images is None else made.images[0]
+        with temporary_folder(options.output) as folder:
+            write_result(
+                folder,
+                picture,
+                given["depth"] if made.depth is None else made.depth[0],
+                facts | {"size": {"width": picture.width, "height": picture.height}},
+                mask=None if made.depth_mask is None else made.depth_mask[0],
+                uncertainty=None if made.depth_uncertainty is None else made.depth_uncertainty[0],
+                fov_degrees=options.fov,
+                exr=options.exr,
+                points=options.points,
+            )
+            return place_result(folder, options.output, name_of(source), options.overwrite, self.written)
+
+    def describe(self, source, prompt: str | None, seed: int) -> dict[str, Any]:
+        """All it takes to make a result again."""
+        model = Path(self.options.model)
+        options = self.own | asdict(self.options)
+        if model.exists():
+            options["model"] = model.resolve()
+        facts = {
+            "command": self.command,
+            "prompt": prompt,
+            "seed": seed,
+            "options": options | {"seed": seed, "guidance_scale": self.pipe.guidance_scale},
+            "transformer": type(self.pipe.transformer).__name__,
+            "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": {"python": platform.python_version()}
+            | {library.__name__: library.__version__ for library in (mf_diffusers, torch, diffusers, transformers)},
+        }
+        if isinstance(source, Path):
+            digest = hashlib.sha256(source.read_bytes()).hexdigest()
+            facts["input"] = {"path": source.resolve(), "sha256": digest}
+        return facts
+
+
+def progress_bar(quiet: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=quiet or not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # into a file or pipe, the paths go there
+        transient=True,
+        speed_estimate_period=600,
+    )
+
+
+def name_of(source: str | Path) -> str:
+    """Of the result of a prompt or an input file."""
+    if isinstance(source, Path):
+        return source.stem
+    return re.sub(r"[\W_]+", "-", source.lower())[:48].strip("-") or "untitled"

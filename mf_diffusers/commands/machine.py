@@ -1,0 +1,29 @@
+"""Where the model runs, and how much the libraries below say of it."""
+
+import diffusers
+import torch
+import transformers
+
+
+def device_and_dtype(device: str, dtype: str, offload: str) -> tuple[str, torch.dtype]:
+    """The torch device and dtype of an answer that may be "auto"."""
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [name for name in there if there[name]]
+    if device == "auto":
+        device = usable[0]
+    elif device.split(":")[0] not in usable:
+        raise ValueError(f"--device {device}: torch sees {', '.join(usable)} on this machine; choose among these.")
+    if device == "cpu" and offload != "none":
+        raise ValueError(f"--offload {offload} needs a GPU, but the device is the CPU: leave it out.")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, getattr(torch, dtype)
+
+
+def hush_libraries(*, errors_alone: bool) -> None:
+    """Hide the progress bars of diffusers and transformers, and with `errors_alone` their warnings too."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        if errors_alone:
+            library.utils.logging.set_verbosity_error()

@@ -1,0 +1,94 @@
+"""The options that several commands share."""
+
+import inspect
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def choice(*values: str) -> dict[str, Any]:
+    """Settings of an option that is one of `values`."""
+
+    def check(value: str) -> str:
+        if value in ("float16", "fp16", "half"):
+            raise typer.BadParameter(f"{value}: the model overflows in float16; take bfloat16 (same size) or float32.")
+        if value not in values:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(values)}.")
+        return value
+
+    return {"callback": check, "metavar": "|".join(values)}
+
+
+def option(*names: str, panel: str = "Options", **settings):
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+DTYPES = choice("auto", "bfloat16", "float32")
+
+Model = Annotated[
+    str, option("--model", "-m", envvar="MF_DIFFUSERS_MODEL", help="Folder or Hub id: diffusers or published layout.")
+]
+TextEncoder = Annotated[
+    str | None,
+    option(help="Qwen3 text encoder and tokenizer, folder or Hub repository; default: the model's, or one that fits."),
+]
+Lora = Annotated[str | None, option(help="LoRA: file, folder or Hub id.")]
+Steps = Annotated[int, option(min=1, help="Euler steps; for the depth of an image 1 to 4 already do well.")]
+GuidanceScale = Annotated[float | None, option(min=0, help="Pull towards the prompt; default 4, for depth 1 (off).")]
+Seed = Annotated[int, option(min=0, max=2**32, help="Result number i, from 0, has the seed SEED + i.")]
+Side = Annotated[int | None, option(min=1, help="To work at, a multiple of 16; default: fits the input.")]
+Output = Annotated[Path, option("--output", "-o", panel="Result", help="Folder for the result folders.")]
+Overwrite = Annotated[bool, option("--overwrite", panel="Result", help="Replace; default: write NAME-002 beside NAME.")]
+Fov = Annotated[float, option(min=1, max=179, panel="Result", help="Degrees that the longer side of the points spans.")]
+Exr = Annotated[bool, option("--exr", panel="Result", help="Write depth.exr too.")]
+Points = Annotated[bool, option("--points/--no-points", panel="Result", help="Write points.ply and points.glb.")]
+Device = Annotated[str, option(panel="Machine", help="auto (cuda, else mps, else cpu) or a torch device.")]
+Dtype = Annotated[str, option(panel="Machine", **DTYPES, help="auto: bfloat16 on cuda, else float32.")]
+Offload = Annotated[
+    str, option(panel="Machine", **choice("none", "model", "group"), help="Weights in main memory; group: least VRAM.")
+]
+Offline = Annotated[bool, option("--offline", panel="Machine", help="Ask no server; only what is on disk.")]
+Quiet = Annotated[bool, option("--quiet", "-q", panel="Machine", help="Print errors alone.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the commands share that make results of many sources."""
+
+    model: Model
+    steps: Steps = 50
+    guidance_scale: GuidanceScale = None
+    seed: Seed = 0
+    height: Side = None
+    width: Side = None
+    lora: Lora = None
+    text_encoder: TextEncoder = None
+    output: Output = Path("outputs")
+    overwrite: Overwrite = False
+    fov: Fov = 55.0
+    exr: Exr = False
+    points: Points = True
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    offload: Offload = "none"
+    offline: Offline = False
+    quiet: Quiet = False
+
+
+def shares_options(command):
+    """The command with each field of `Options` as an option of its own, in the place of its parameter `options`."""
+
+    @wraps(command)
+    def called(**given):
+        shared = {field.name: given.pop(field.name) for field in fields(Options)}
+        return command(**given, options=Options(**shared))
+
+    parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "options"]
+    parameters += inspect.signature(Options).parameters.values()
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    called.__signature__ = inspect.Signature(parameters)
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called

@@ -1,0 +1,108 @@
+"""`generate`, `depth` and `image`: the three tasks, a result folder for each source."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from mf_diffusers.commands.options import Options, option, shares_options
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, IMAGE_SUFFIXES, as_depth_map, read_depth, read_image
+
+
+@shares_options
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to show; each gives a result folder.")],
+    options: Options,
+    num: Annotated[int, option("--num", "-n", min=1, help="Results for each prompt.")] = 1,
+    log2_alpha: Annotated[
+        float | None, option(min=-30, max=30, help="Above 0 the image settles first, below 0 depth; default: 5.")
+    ] = None,
+    refine: Annotated[int, option(min=0, help="Steps of a second pass, image to depth, for sharper depth.")] = 0,
+):
+    """Make images and their depth from text.
+
+    mf-diffusers generate "a lighthouse at dusk" "a tiled kitchen" --model MODEL --num 2
+    """
+    from mf_diffusers.commands.batch import Batch
+
+    def inputs(prompt):
+        return {"prompt": prompt, "log2_alpha": log2_alpha, "num_refinement_steps": refine}
+
+    sources = [prompt for prompt in prompts for _ in range(num)]
+    Batch("generate", options, {"num": num, "log2_alpha": log2_alpha, "refine": refine}).run(sources, inputs)
+
+
+@shares_options
+def depth(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, or folders of pictures.")],
+    options: Options,
+    prompt: Annotated[str | None, option("--prompt", "-p", help="What the picture shows; can be left out.")] = None,
+    ensemble: Annotated[int, option(min=1, help="Samples to take the median of; also gives uncertainty.")] = 1,
+):
+    """Make the depth of images.
+
+    mf-diffusers depth photo.jpg holiday/ --model MODEL --steps 4 --ensemble 5
+    """
+    from mf_diffusers.commands.batch import Batch
+
+    def inputs(path):
+        return {"image": read_image(path), "prompt": prompt, "ensemble_size": ensemble}
+
+    sources = files_among(images, IMAGE_SUFFIXES)
+    Batch("depth", options, {"prompt": prompt, "ensemble": ensemble}).run(sources, inputs)
+
+
+@shares_options
+def image(
+    depths: Annotated[
+        list[Path], typer.Argument(metavar="DEPTH", help="Depth maps (png, npy, npz, exr, tif, pfm), or folders.")
+    ],
+    prompt: Annotated[str, option("--prompt", "-p", help="What to show.")],
+    options: Options,
+    log2_alpha: Annotated[
+        float | None, option(min=-30, max=30, help="From -5, a loose hold of depth, to -14, tight; default: rigid.")
+    ] = None,
+    depth_scale: Annotated[
+        float | None, option(help="Factor of stored values, 0.001 for millimetres; default: the one in the file.")
+    ] = None,
+    depth_key: Annotated[str | None, option(help="Array of an npz, channel of an EXR.")] = None,
+    inverse: Annotated[
+        bool, option("--inverse", help="Files hold inverse depth (bright is near), as artists' maps do.")
+    ] = False,
+):
+    """Make images of depth maps: larger is farther (unless --inverse), 0 is missing.
+
+    mf-diffusers image outputs/photo/depth.png --prompt "the same street in snow" --model MODEL
+    """
+    from mf_diffusers.commands.batch import Batch
+
+    def inputs(path):
+        values = read_depth(path, scale=depth_scale, key=depth_key)
+        if inverse:
+            with np.errstate(divide="ignore", over="ignore"):
+                values = as_depth_map(1 / values)
+        return {"depth": values, "prompt": prompt, "log2_alpha": log2_alpha}
+
+    own = {
+        "prompt": prompt,
+        "log2_alpha": log2_alpha,
+        "depth_scale": depth_scale,
+        "depth_key": depth_key,
+        "inverse": inverse,
+    }
+    Batch("image", options, own).run(files_among(depths, DEPTH_SUFFIXES), inputs)
+
+
+def files_among(paths: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
+    """The files among `paths` and, of the folders among them, the files that end in one of `suffixes`, sorted."""
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        if not found:
+            raise FileNotFoundError(f"{path}: no file in this folder ends in {', '.join(suffixes)}")
+        files += found
+    return files
