@@ -27,8 +27,10 @@ def python(code):
         "import mf_diffusers",
         "import mf_diffusers.depth_io, mf_diffusers.geometry",
         "import mf_diffusers.evaluation.protocol, mf_diffusers.datasets",
-        "from typer.testing import CliRunner; from mf_diffusers.cli import app; CliRunner().invoke(app, ['--help'])",
-        "from typer.testing import CliRunner; from mf_diffusers.cli import app; CliRunner().invoke(app, ['depth', '-h'])",
+        *(
+            f"from typer.testing import CliRunner; from mf_diffusers.cli import app; CliRunner().invoke(app, {call})"
+            for call in (["--help"], ["depth", "--help"])
+        ),
     ],
 )
 def test_what_needs_no_model_loads_no_model_library(code):
