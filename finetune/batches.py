@@ -32,7 +32,7 @@ class LoaderConfig:
         workers: DataLoader workers of each process; 0 reads in the process itself.
         window: steps over which samples are sorted into batches of one size.
         depth_density, depth_pattern: share of the pixels whose depth is kept, or a range of shares, and how it is
-            thinned (finetune/sparsify.py).
+            thinned (finetune/sparsify.py); a source's own go before.
     """
 
     batch_size: int = 8
@@ -57,6 +57,14 @@ def fit(sample: dict, size: tuple[int, int]) -> dict:
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     crop = (0, slice(None), slice(top, top + size[0]), slice(left, left + size[1]))
     return sample | {"image": image[crop], "depth": depth[crop]}
+
+
+def thin_as_asked(sample: dict, source: Source, index: int, config) -> dict:
+    """A sample with the part of its depth that its source asks for, or where that does not say, `config` with
+    `depth_density` and `depth_pattern`."""
+    own = source.locate(index)[0].thinning
+    density = config.depth_density if own.depth_density is None else own.depth_density
+    return thin(sample, density, own.depth_pattern or config.depth_pattern, index)
 
 
 class Request(NamedTuple):
@@ -144,7 +152,7 @@ class _BatchReader:
 
     def _augment(self, sample, request):
         sample = fit(sample, request.size)
-        sample = thin(sample, self.config.depth_density, self.config.depth_pattern, request.index)
+        sample = thin_as_asked(sample, self.source, request.index, self.config)
         coin = random.Random(f"{self.config.seed} {request.index}").random()
         if self.config.flip and coin < 0.5 and not SIDED.search(sample["caption"]):
             sample |= {name: sample[name].flip(-1) for name in ("image", "depth")}

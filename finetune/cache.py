@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune.batches import LoaderConfig, fit
+from finetune.batches import LoaderConfig, fit, thin_as_asked
 from finetune.data import FolderSource, ReadReport, Source, WebDatasetSource, build_source, is_local, permutation
 from finetune.encoding import EncodedBatch, Encoder, LiveSamples
 from finetune.source_check import raise_together
-from finetune.sparsify import thin
 from mf_diffusers.datasets.folder import METADATA
 from mf_diffusers.files import atomic_write
 from mf_diffusers.modality_forcing.image_processor import processing_size
@@ -39,6 +38,7 @@ class CacheConfig:
         text: whether to keep text features too (not when the text encoder is in training).
         depth_density: share of the pixels whose depth is kept, thinned as `depth_pattern` (finetune/sparsify.py) says;
             a range [0.01, 1.0] for samples that each draw their own, as in a mixture of dense and sparse data sets.
+            A source's own settings of these names go before.
     """
 
     folder: str | None = "outputs/cache"
@@ -222,7 +222,7 @@ def encode_shard(config: CacheConfig, source: Source, indices: range, encoder, r
     tensors, captions, known = {}, [], len(report.failures)
     for place, (index, sample) in enumerate(zip(indices, source.read(list(indices), report))):
         size = processing_size(*sample["image"].shape[-2:], config.pixels, encoder.token_size)
-        sample = thin(fit(sample, size), config.depth_density, config.depth_pattern, index)
+        sample = thin_as_asked(fit(sample, size), source, index, config)
         encoded = encoder(sample["image"][None], sample["depth"][None], [sample["caption"]])
         for name in ("latents", "depth", "valid", *(["prompt_embeds"] if config.text else [])):
             tensors[f"{name}.{place}"] = getattr(encoded, name)[0].cpu().contiguous()

@@ -47,7 +47,16 @@ MIXTURE_BLOCK = 1000  # samples after which the shares of a mixture are exact
 
 
 @dataclass
-class ScenesConfig:
+class DepthThinning:
+    """How a source's depth is thinned (finetune/sparsify.py), dense as the rendered and sparse as the measured ones of
+    a mixture; what is None is as the settings of all sources say, `cache.depth_density` and `cache.depth_pattern`."""
+
+    depth_density: Any = None
+    depth_pattern: str | None = None
+
+
+@dataclass
+class ScenesConfig(DepthThinning):
     """Procedural scenes (`finetune.scenes`), without end. `height` and `width` are rendered."""
 
     kind: str = "scenes"
@@ -59,7 +68,7 @@ class ScenesConfig:
 
 
 @dataclass
-class FolderConfig:
+class FolderConfig(DepthThinning):
     """A folder with `metadata.jsonl`, see `FolderSource`."""
 
     kind: str = "folder"
@@ -70,7 +79,7 @@ class FolderConfig:
 
 
 @dataclass
-class WebDatasetConfig:
+class WebDatasetConfig(DepthThinning):
     """Tar shards, see `WebDatasetSource`."""
 
     kind: str = "webdataset"
@@ -128,10 +137,12 @@ class Source:
     """Samples by index, without end.
 
     `source[index]` reads one sample and raises ValueError or OSError if that fails. `size(index)` is its (height,
-    width), known without reading it. `step` leads to the index that replaces an unreadable one.
+    width), known without reading it. `step` leads to the index that replaces an unreadable one. `thinning` is asked for
+    by a source, and done by what fits samples to their size.
     """
 
     step = 1
+    thinning = DepthThinning()
 
     def locate(self, index: int) -> tuple["Source", int]:
         """The source that reads sample `index`, and the index that the sample has there."""
@@ -168,7 +179,7 @@ class ScenesSource(Source):
     def __init__(self, config: ScenesConfig):
         if config.split not in SPLITS:
             raise ValueError(f"split {config.split!r} is none of {', '.join(SPLITS)}")
-        self.config = config
+        self.config = self.thinning = config
 
     def size(self, index):
         return self.config.height, self.config.width
@@ -225,7 +236,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, config: FolderConfig):
-        self.config = config
+        self.config = self.thinning = config
         self.folder = Path(config.path)
         self.rows, self._sizes = read_rows(self.folder), {}
         listed = [name for row in self.rows for name in (row.image, row.depth) if name]
@@ -285,7 +296,7 @@ class WebDatasetSource(Source):
     def __init__(self, config: WebDatasetConfig):
         from webdataset.shardlists import expand_urls
 
-        self.config = config
+        self.config = self.thinning = config
         self.shards = expand_urls(config.shards) if config.shards else []
         absent = [s for s in self.shards if is_local(s) and not Path(s).is_file()]
         if absent or not self.shards:

@@ -15,8 +15,9 @@ from test_training import make_frames
 
 from finetune import cache as cache_module
 from finetune.cache import CacheConfig, encode_samples, shard_path, weights_hash
-from finetune.data import TooManyUnreadableError, build_source
+from finetune.data import ReadReport, TooManyUnreadableError, build_source
 from finetune.encoding import Encoder
+from finetune.sparsify import thin
 from finetune.trainer import TrainerConfig
 
 
@@ -100,6 +101,17 @@ def test_batches_hold_what_the_encoder_makes(tmp_path, encoder, frames):
         )
         assert batch.valid[k].sum() == round(0.5 * int(one.valid[0].sum()))
         assert (one.valid[0] | ~batch.valid[k]).all()
+
+
+def test_a_source_thins_its_own_depth(tmp_path, encoder):
+    samples = encode_samples(settings(tmp_path, depth_density=0.5), SCENES | {"depth_density": 0.1}, {}, encoder)
+    valid = samples[list(range(12)), list(range(12))].valid
+    whole = build_source(SCENES).read(list(range(12)), ReadReport())
+    for index, (kept, sample) in enumerate(zip(valid, whole)):
+        depth = thin(sample, 0.1, "random", index)["depth"]
+        assert torch.equal(kept, (depth > 0) & depth.isfinite())
+    other = encode_samples(settings(tmp_path, depth_density=0.5), SCENES, {}, encoder)
+    assert other.folder != samples.folder
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

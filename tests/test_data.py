@@ -4,6 +4,7 @@ import io
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.batches import BatchLoader, BucketBatchSampler, LoaderConfig, fit
+from finetune.batches import BatchLoader, BucketBatchSampler, LoaderConfig, fit, thin_as_asked
 from finetune.data import (
     CaptionDraw,
     DepthFormat,
@@ -421,6 +422,23 @@ def test_thinned_depth_does_not_depend_on_the_batch(tmp_path):
             depth = alone[step]["depth"][k]
             assert torch.equal(depth, ranks[k % 2][step]["depth"][k // 2])
             assert (depth > 0).sum() == round(0.25 * int((dense[step]["depth"][k] > 0).sum()))
+
+
+def test_sources_of_a_mixture_thin_their_own_depth(tmp_path):
+    sparse = {"depth_density": [0.1, 0.5], "depth_pattern": "lidar"}
+    sources = [replace(SCENES, depth_density=1.0), replace(make_folder(tmp_path / "folder"), **sparse), SCENES]
+    mixture = MixtureConfig(sources=sources, weights=[1, 1, 1])
+    others = LoaderConfig(**{**vars(LOADER), "depth_density": 0.25, "depth_pattern": "random"})
+    source, shares = build_source(mixture), {0: [], 1: [], 2: []}
+    for index in range(48):
+        leaf, place = source.locate(index)
+        sample = leaf[place]
+        depth = thin_as_asked(sample, source, index, others)["depth"]
+        assert torch.equal(depth[depth > 0], sample["depth"][depth > 0])
+        if sample["depth"].any():
+            shares[source.sources.index(leaf)].append(((depth > 0).sum() / (sample["depth"] > 0).sum()).item())
+    assert shares[0] == [1.0] * len(shares[0]) and shares[2] == pytest.approx([0.25] * len(shares[2]), abs=1e-3)
+    assert all(0.099 <= share <= 0.501 for share in shares[1]) and len(set(shares[1])) > 5
 
 
 def test_unreadable_samples_are_replaced_and_listed(tmp_path):
