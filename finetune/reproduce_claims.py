@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which t
 
 from finetune.config import load_config, take_flag
 from finetune.data import build_source
+from finetune.image_tasks import ImageTasks, mean_of
 from finetune.measurements import (
     Measurements,
     image_to_depth,
@@ -33,15 +34,15 @@ from finetune.measurements import (
     table_cell,
 )
 from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers.depth_io import as_depth_map
 from mf_diffusers.evaluation.alignment import align_affine_robust
-from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
+from mf_diffusers.evaluation.metrics import depth_metrics
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids
 from mf_diffusers.modality_forcing.noise import add_noise
 from mf_diffusers.results import save_whole
 
 
 CONFIGS = Path(__file__).parent / "configs"
-BATCH = 50
 PRETRAINING = ["mode=all", "objective.distillation_high=0", "objective.distillation_low=0"]
 
 # What is trained: name, and how it differs from finetune/configs/embedded.yaml with the settings of claims.yaml.
@@ -150,12 +151,6 @@ def untrained(config: ClaimsConfig) -> ModalityForcingPipeline:
     return pipe
 
 
-def depth_error(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """AbsRel and delta1 after affine-invariant alignment; both (H, W)."""
-    metrics = depth_metrics(align_affine_robust(prediction, truth).apply(prediction), truth)
-    return {name: metrics[name] for name in ("abs_rel", "delta1")}
-
-
 def compared(pipe: ModalityForcingPipeline, base, source, count: int) -> dict[str, float]:
     """What is compared of a run."""
     errors = in_one_and_four_steps(pipe, source, count)
@@ -164,8 +159,9 @@ def compared(pipe: ModalityForcingPipeline, base, source, count: int) -> dict[st
 
 def constant_depth(source, count: int) -> dict[str, float]:
     """What the best constant of each scene scores: the alignment of a constant chooses it."""
-    truths = [source[i]["depth"][0].numpy() for i in range(count)]
-    return mean_metrics([depth_error(np.ones_like(truth), truth) for truth in truths])
+    truths = [as_depth_map(source[i]["depth"]) for i in range(count)]
+    constants = [align_affine_robust(np.ones_like(truth), truth).apply(np.ones_like(truth)) for truth in truths]
+    return mean_of(depth_metrics(constant, truth) for constant, truth in zip(constants, truths))
 
 
 @torch.no_grad()
@@ -202,46 +198,6 @@ def drift(pipe: ModalityForcingPipeline, base: Flux2KleinPipeline, source, count
     return {"drift": moved / size}
 
 
-def made_images(pipe: ModalityForcingPipeline, source, config: ClaimsConfig, gives_depth: bool, log2_alpha):
-    """Per prompt: the depth that was made with the image or given for it, and the depth the model sees in the image."""
-    for start in range(0, config.prompts, BATCH):
-        samples = [source[i] for i in range(start, min(start + BATCH, config.prompts))]
-        depth = torch.stack([sample["depth"] for sample in samples])
-
-        def generators(samples=samples, start=start):
-            return [torch.Generator().manual_seed(start + i) for i in range(len(samples))]
-
-        made = pipe(
-            [sample["caption"] for sample in samples],
-            **({"depth": depth} if gives_depth else {"height": depth.shape[-2], "width": depth.shape[-1]}),
-            num_inference_steps=config.image_steps,
-            log2_alpha=log2_alpha,
-            generator=generators(),
-            output_type="pt",
-        )
-        # in one step, where the embedded model errs least
-        seen = pipe(image=made.images, num_inference_steps=1, generator=generators(), output_type="np").depth
-        yield from zip((depth if gives_depth else made.depth)[:, 0].numpy(), seen)
-
-
-def joint(pipe, source, config: ClaimsConfig, log2_alpha: float) -> dict[str, float]:
-    """How far the depth of joint generation is from what image -> depth says of the generated image."""
-    pairs = made_images(pipe, source, config, False, log2_alpha)
-    return mean_metrics([depth_error(made, seen) for made, seen in pairs])
-
-
-def following(pipe, source, config: ClaimsConfig, log2_alpha: float | None) -> dict[str, float]:
-    """How far the depth seen in an image made from depth is from the given one."""
-    pairs = made_images(pipe, source, config, True, log2_alpha)
-    return mean_metrics([depth_error(seen, given) for given, seen in pairs])
-
-
-def not_following(pipe, source, config: ClaimsConfig) -> dict[str, float]:
-    """The same, for images that were made from the same prompts without the depth."""
-    images = made_images(pipe, source, config, False, 0.0)
-    return mean_metrics([depth_error(seen, source[i]["depth"][0].numpy()) for i, (_, seen) in enumerate(images)])
-
-
 def measure(config: ClaimsConfig) -> dict[str, dict[str, float]]:
     """Everything of the tables and figures."""
     source = build_source(config.validation_data)
@@ -258,12 +214,13 @@ def measure(config: ClaimsConfig) -> dict[str, dict[str, float]]:
             f"ensemble {size}",
             lambda n=size: image_to_depth(pipe, source, config.curve_scenes, ensemble_size=n, batch_size=25),
         )
+    tasks = ImageTasks(pipe, source, config.prompts, config.image_steps)
     for alpha in config.joint_log2_alpha:
-        measured(f"joint {alpha:g}", lambda a=alpha: joint(pipe, source, config, a))
+        measured(f"joint {alpha:g}", lambda a=alpha: tasks.joint(a))
     for alpha in [*config.strengths, None]:
         name = "rigidly" if alpha is None else f"{alpha:g}"
-        measured(f"depth followed {name}", lambda a=alpha: following(pipe, source, config, a))
-    measured("depth not given", lambda: not_following(pipe, source, config))
+        measured(f"depth followed {name}", lambda a=alpha: tasks.following(a))
+    measured("depth not given", tasks.not_following)
 
     make_random_base(config)
     for seed in config.seeds:
