@@ -39,7 +39,7 @@ from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
-from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, save_adapter
+from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 from mf_diffusers.modality_forcing.text_features import encode_text
 from mf_diffusers.results import save_whole
@@ -211,7 +211,7 @@ def save_result(config: PostTrainConfig, pipe: ModalityForcingPipeline, folder: 
     """Writes the pipeline into `folder`, and in "lora" mode the adapter beside it, as FOLDER.adapter.safetensors;
     afterwards the LoRA is merged."""
     if config.mode == "lora":
-        save_adapter(pipe.transformer, folder.with_name(f"{folder.name}.adapter.safetensors"), config.base)
+        pipe.save_adapter(folder.with_name(f"{folder.name}.adapter.safetensors"), config.base)
         pipe.transformer.fuse_lora()
         pipe.transformer.unload_lora()
     save_whole(pipe, folder)

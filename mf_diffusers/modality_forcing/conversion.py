@@ -5,11 +5,13 @@ The published weights (`bartduis/modality_forcing`) are licensed CC BY-NC 4.0; t
 
 import math
 import re
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..files import atomic_write
 
@@ -98,10 +100,23 @@ def load_safetensors(path: str | Path) -> StateDict:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, or not a safetensors file.
     """
+    with _open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; errors as of `load_safetensors`."""
+    with _open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _open_safetensors(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"No weights at {path}: check the path, or download the file first.")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}): download it again. Other formats are not read."
@@ -143,11 +158,11 @@ def convert_published_transformer(state_dict: StateDict) -> tuple[dict, StateDic
         elif isinstance(names, tuple):
             converted |= zip((_fill(name, numbers) for name in names), (part.clone() for part in tensor.chunk(3)))
         else:
-            converted[_fill(names, numbers)] = _swap_halves(tensor) if template in SWAPPED_HALVES else tensor
+            converted[_fill(names, numbers)] = swap_halves(tensor) if template in SWAPPED_HALVES else tensor
     if missing or unexpected:
         raise ValueError(
             "These are not the weights of a Modality Forcing transformer in the published layout. "
-            f"Missing keys: {_shorten(missing)}. Unexpected keys: {_shorten(unexpected)}."
+            f"Missing keys: {shorten(missing)}. Unexpected keys: {shorten(unexpected)}."
         )
 
     hidden_size, in_channels = published["img_in.weight"].shape
@@ -181,28 +196,37 @@ def export_published_transformer(state_dict: StateDict, prefix: str = "dit.") ->
     Raises:
         ValueError: a key that the published layout has no name for (an adapter that is not merged, say).
     """
-    published_keys = {}
-    for published_key, names in TRANSFORMER_KEYS.items():
-        for name in names if isinstance(names, tuple) else (names,):
-            published_keys[name] = published_key
-    exported, unexpected = {}, []
-    for key, tensor in state_dict.items():
-        template, numbers = _split_numbers(key)
-        published_key = published_keys.get(template)
-        if published_key is None:
-            unexpected.append(key)
-            continue
-        names = TRANSFORMER_KEYS[published_key]
-        if isinstance(names, tuple):
-            tensor = torch.cat([state_dict[_fill(name, numbers)] for name in names])
-        elif published_key in SWAPPED_HALVES:
-            tensor = _swap_halves(tensor)
-        exported[prefix + _fill(published_key, numbers)] = tensor
+    places = published_names(state_dict)
+    placed = {name for names in places.values() for name in names}
+    unexpected = [name for name in state_dict if name not in placed]
     if unexpected:
         raise ValueError(
-            f"The published layout has no place for {_shorten(unexpected)}: merge adapters before exporting."
+            f"The published layout has no place for {shorten(unexpected)}: merge adapters before exporting."
         )
+    exported = {}
+    for published, names in places.items():
+        tensor = torch.cat([state_dict[name] for name in names]) if len(names) > 1 else state_dict[names[0]]
+        exported[prefix + published] = swap_halves(tensor) if published in SWAPPED_HALVES else tensor
     return exported
+
+
+def published_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The published name of each weight of `names`, in their order; of the weights that it stacks along its rows, all
+    are named. Weights that the published layout does not know are left out."""
+    published_keys = {
+        part: published
+        for published, parts in TRANSFORMER_KEYS.items()
+        for part in (parts if isinstance(parts, tuple) else (parts,))
+    }
+    found = {}
+    for name in names:
+        template, numbers = _split_numbers(name)
+        if template in published_keys:
+            published = published_keys[template]
+            parts = TRANSFORMER_KEYS[published]
+            parts = parts if isinstance(parts, tuple) else (parts,)
+            found[_fill(published, numbers)] = tuple(_fill(part, numbers) for part in parts)
+    return found
 
 
 def convert_published_autoencoder(encoder: StateDict, decoder: StateDict) -> tuple[dict, StateDict]:
@@ -289,10 +313,11 @@ def _expected_keys(published: StateDict, blocks: dict[str, int]) -> list[str]:
     return expected
 
 
-def _swap_halves(tensor: torch.Tensor) -> torch.Tensor:
+def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
     first, second = tensor.chunk(2)
     return torch.cat([second, first])
 
 
-def _shorten(keys: list[str]) -> str:
-    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "") if keys else "none"
+def shorten(names: list[str], most: int = 8) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

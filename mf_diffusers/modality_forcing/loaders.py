@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from transformers import AutoTokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM
 from typing_extensions import Self
 
+from .adapter import read_adapter_metadata
 from .conversion import convert_published_autoencoder, load_safetensors
 from .depth_processor import DepthProcessor
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
@@ -102,10 +103,12 @@ class ModalityForcingLoaderMixin:
         num_depth_decoder_layers: int = 4,
         shift_mu: float = PUBLISHED_SHIFT_MU,
         depth_processor_config: dict[str, Any] | None = None,
+        adapter: str | Path | None = None,
         **pipeline_config,
     ) -> Self:
         r"""
-        Grafts depth onto a text-to-image pipeline (see the transformer's `from_base`): the start of post-training.
+        Grafts depth onto a text-to-image pipeline (see the transformer's `from_base`): the start of post-training, or,
+        with `adapter`, the result of one.
 
         Args:
             base (`Flux2KleinPipeline` or [`ModalityForcingPipeline`]): FLUX.2 [klein], or a base of the from-scratch
@@ -113,22 +116,25 @@ class ModalityForcingLoaderMixin:
             num_depth_decoder_layers (`int`): Blocks of the depth decoder.
             shift_mu (`float`): Time shift of both schedules.
             depth_processor_config (`dict`, *optional*): Arguments of the [`DepthProcessor`] besides the patch size.
+            adapter (*optional*): File that training in "lora" mode wrote on this base. Its settings precede those given
+                here, and its LoRA is merged; to keep it apart, graft first and call `load_adapter`.
             pipeline_config: `text_encoder_out_layers`, `max_sequence_length`, `default_sample_size`, ... Default: those
                 of a base of the from-scratch family.
 
         Raises:
-            ValueError: the base has depth already.
+            ValueError: the base has depth already, or the adapter is of another base.
         """
         patch_size = 2 * base.vae_scale_factor
+        graft = {"num_depth_decoder_layers": num_depth_decoder_layers}
+        if adapter is not None:
+            graft |= read_adapter_metadata(adapter)["settings"].get("graft", {})
         transformer_class = ModalityForcingFlux2Transformer2DModel
         if isinstance(base.transformer, ModalityForcingDiTTransformer2DModel):
             transformer_class = ModalityForcingDiTTransformer2DModel
             settings = ("text_encoder_out_layers", "max_sequence_length", "default_sample_size", "default_log2_alpha")
             pipeline_config = {name: base.config[name] for name in settings} | pipeline_config
-        transformer = transformer_class.from_base(
-            base.transformer, depth_channels=patch_size**2, num_depth_decoder_layers=num_depth_decoder_layers
-        )
-        return cls(
+        transformer = transformer_class.from_base(base.transformer, depth_channels=patch_size**2, **graft)
+        pipe = cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(shift_mu)),
             depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(shift_mu)),
@@ -138,3 +144,6 @@ class ModalityForcingLoaderMixin:
             depth_processor=DepthProcessor(patch_size=patch_size, **(depth_processor_config or {})),
             **pipeline_config,
         )
+        if adapter is not None:
+            pipe.load_adapter(adapter, merge=True)
+        return pipe

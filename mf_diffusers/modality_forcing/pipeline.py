@@ -10,11 +10,11 @@ import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, UMT5EncoderModel
 
+from .adapter import ModalityForcingAdapterMixin
 from .depth_processor import DepthProcessor
 from .ensemble import ensemble_depth
 from .image_processor import image_to_tensor, processing_size, resize
@@ -30,7 +30,7 @@ from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 logger = logging.get_logger(__name__)
 
 
-class ModalityForcingPipeline(DiffusionPipeline, Flux2LoraLoaderMixin, ModalityForcingLoaderMixin):
+class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, ModalityForcingLoaderMixin):
     r"""
     Text to image and depth, image to depth, depth to image, with one set of weights (Modality Forcing). With a base of
     the from-scratch family, whose transformer has no depth, it makes images alone.
