@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 
 from .conversion import StateDict, load_safetensors, read_metadata, save_safetensors, shorten
 from .depth_processor import DepthProcessor
-from .lora import ModalityForcingLoraMixin, convert_lora
+from .lora import ModalityForcingLoraMixin, convert_lora, put_lora
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -38,7 +38,7 @@ class Adapter:
         base_sha256: `base_hash` of that base.
         settings: arguments by the groups of `SETTINGS`.
         depth: the weights of the depth modules, by name.
-        lora: the LoRA, in diffusers' names with the prefix `transformer.`; {} where there is none.
+        lora: the LoRA, in diffusers' names; {} where there is none.
     """
 
     base: str
@@ -213,8 +213,9 @@ def read_adapter_metadata(path: str | Path) -> dict[str, Any]:
 def read_adapter(path: str | Path) -> Adapter:
     """An adapter file's content; errors as of `read_adapter_metadata`."""
     metadata, tensors = read_adapter_metadata(path), load_safetensors(path)
-    lora = {name: tensor for name, tensor in tensors.items() if name.startswith("transformer.")}
-    return Adapter(**metadata, depth={name: tensors[name] for name in tensors.keys() - lora.keys()}, lora=lora)
+    depth = {name: tensor for name, tensor in tensors.items() if not name.startswith("transformer.")}
+    lora = {name.removeprefix("transformer."): tensors[name] for name in tensors.keys() - depth.keys()}
+    return Adapter(**metadata, depth=depth, lora=lora)
 
 
 def load_adapter(
@@ -278,7 +279,7 @@ def put_adapter(
 ) -> None:
     """Puts an adapter into the transformer that `check_adapter` found to be its own; see `load_adapter`."""
     if adapter.lora:
-        transformer.load_lora_adapter(adapter.lora, adapter_name=adapter_name)
+        put_lora(adapter.lora, transformer, adapter_name=adapter_name)
         transformer.set_adapters([adapter_name], [weight])
     copy_weights(adapter.depth, transformer)
     if adapter.lora and merge:

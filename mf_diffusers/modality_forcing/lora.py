@@ -77,6 +77,8 @@ class ModalityForcingLoraMixin(Flux2LoraLoaderMixin):
             weights = pretrained_model_name_or_path_or_dict
         else:
             source = find_lora(pretrained_model_name_or_path_or_dict, weight_name, **hub)
+            if "base_sha256" in read_metadata(source):
+                raise ValueError(f"{source} is an adapter that training wrote: `load_adapter` loads it.")
             weights, config = load_safetensors(source), read_lora_config(source)
         lora = convert_lora(weights, self.transformer, config, source)
         if not lora:
@@ -84,17 +86,14 @@ class ModalityForcingLoraMixin(Flux2LoraLoaderMixin):
         idle = {_layer(key) for key, tensor in lora.items() if not tensor.any()}
         if idle == {_layer(key) for key in lora}:
             raise ValueError(f"{source} is not loaded, for it changes nothing: a factor of each layer's is zero.")
-        with warnings.catch_warnings():
-            # PEFT warns of other LoRAs, and of layers whose names end alike; it is told exactly which are meant.
-            warnings.simplefilter("ignore")
-            self.load_lora_into_transformer(
-                {f"transformer.{name}": tensor for name, tensor in lora.items()},
-                self.transformer,
-                adapter_name=adapter_name,
-                _pipeline=self,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                hotswap=hotswap,
-            )
+        put_lora(
+            lora,
+            self.transformer,
+            adapter_name=adapter_name,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
 
     def unload_lora_weights(self) -> None:
         """Removes all LoRAs, but for what is merged."""
@@ -192,6 +191,14 @@ def convert_lora(
     if broken:
         raise ValueError(f"{source} holds NaN or infinite values, in {shorten(broken, 3)}: get the file anew.")
     return lora
+
+
+def put_lora(lora: StateDict, transformer: ModelMixin, **options) -> None:
+    """Puts what `convert_lora` returned on its layers; `options` of diffusers' `load_lora_adapter`."""
+    with warnings.catch_warnings():
+        # PEFT warns of other LoRAs, and of layers whose names end alike; it is told exactly which are meant.
+        warnings.simplefilter("ignore")
+        transformer.load_lora_adapter({f"transformer.{name}": w for name, w in lora.items()}, **options)
 
 
 def linear_layers(transformer: ModelMixin) -> dict[str, tuple[int, int]]:
