@@ -39,10 +39,10 @@ from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
+from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 from mf_diffusers.modality_forcing.text_features import encode_text
-from mf_diffusers.results import save_whole
 
 
 @dataclass

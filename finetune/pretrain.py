@@ -36,10 +36,10 @@ from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
+from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
 from mf_diffusers.modality_forcing.text_features import encode_text
-from mf_diffusers.results import save_whole
 from mf_diffusers.visualization import contact_sheet
 
 

@@ -37,9 +37,9 @@ from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.depth_io import as_depth_map
 from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics
+from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids
 from mf_diffusers.modality_forcing.noise import add_noise
-from mf_diffusers.results import save_whole
 
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from finetune.config import load_config, save_config
 from finetune.scenes import render_scenes
-from mf_diffusers.files import atomic_write
+from mf_diffusers.files import atomic_write, save_whole
 from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
 
 
@@ -272,7 +272,7 @@ def train(config: Config) -> list[float]:
     progress.close()
 
     fit_statistics(ema, pool)
-    ema.save_pretrained(output / "vae")
+    save_whole(ema, output / "vae")
     print(f"wrote {output / 'vae'}")
     return losses
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from finetune import sharding
 from finetune.data import ReadReport
 from finetune.encoding import EncodedBatch
-from mf_diffusers.results import place_folder
+from mf_diffusers.files import place_folder
 
 
 COUNTS = ("batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every")

@@ -20,7 +20,7 @@ from rich.progress import track
 sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which the launcher starts
 
 from finetune.data import ReadReport, build_source
-from mf_diffusers.results import place_folder, temporary_folder
+from mf_diffusers.files import place_folder, temporary_folder
 
 
 BATCH = 50

@@ -11,9 +11,9 @@ from huggingface_hub import HfFileSystem, constants, errors, hf_hub_download, sn
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
+from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.conversion import convert_published_transformer
 from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU, TEXT_ENCODERS
-from mf_diffusers.results import save_whole
 
 
 # Names of dtypes in the headers of safetensors files; others are counted, not computed with.
@@ -43,25 +43,25 @@ def load_pipeline(model, device, dtype, text_encoder=None, lora=None, offload="n
     index = Path(model, "model_index.json")
     if not Path(model).is_dir():
         if Path(model).exists():
-            raise ValueError(f"--model {model} is a file: give the folder that holds it and the autoencoder.")
+            raise ValueError(f"model={model} is a file: give the folder that holds it and the autoencoder.")
         try:
             index = Path(hf_hub_download(model, "model_index.json", **hub))
         except errors.RemoteEntryNotFoundError:
             pass  # a repository in the published layout
         except errors.GatedRepoError as error:
             raise PermissionError(
-                f"--model {model} is gated: accept its terms on the Hub and log in ({error})"
+                f"model={model} is gated: accept its terms on the Hub and log in ({error})"
             ) from error
         except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise FileNotFoundError(f"--model {model}: no such folder, nor such a repository on the Hub") from error
+            raise FileNotFoundError(f"model={model}: no such folder, nor such a repository on the Hub") from error
         except errors.LocalEntryNotFoundError as error:
             if not isinstance(try_to_load_from_cache(model, "model.safetensors"), str):
                 raise FileNotFoundError(
-                    f"--model {model}: no such folder, and no copy of a repository of that name; the Hub is not reached"
+                    f"model={model}: no such folder, and no copy of a repository of that name; the Hub is not reached"
                 ) from error
     elif not index.is_file() and not Path(model, "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"--model {model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
+            f"model={model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
             "layout)."
         )
 
@@ -70,15 +70,15 @@ def load_pipeline(model, device, dtype, text_encoder=None, lora=None, offload="n
     else:
         name = json.loads(index.read_text())["_class_name"]
         if name != ModalityForcingPipeline.__name__:
-            raise ValueError(f"--model {model} is a {name}; a {ModalityForcingPipeline.__name__} is needed.")
+            raise ValueError(f"model={model} is a {name}; a {ModalityForcingPipeline.__name__} is needed.")
         absent = {"text_encoder": None, "tokenizer": None} if text_encoder else {}
         pipe = ModalityForcingPipeline.from_pretrained(model, dtype=dtype, **absent, **hub)
         if not pipe.has_depth:
-            raise ValueError(f"--model {model} is a text-to-image base without depth: post-train it (finetune/).")
+            raise ValueError(f"model={model} is a text-to-image base without depth: post-train it (finetune/).")
         if pipe.text_encoder is None:
             text_encoder = text_encoder or TEXT_ENCODERS.get(pipe.transformer.config.joint_attention_dim)
             if text_encoder is None:
-                raise ValueError(f"--model {model} has no text encoder, and none is known to fit: give --text-encoder.")
+                raise ValueError(f"model={model} has no text encoder, and none is known to fit: give `text_encoder`.")
             pipe.register_modules(
                 text_encoder=Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub),
                 tokenizer=AutoTokenizer.from_pretrained(text_encoder, **hub),
@@ -112,12 +112,12 @@ def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", ove
     kind, _, parts, _ = read_checkpoint(src, offline)
     to_file = dst.suffix == ".safetensors"
     if not to_file and kind != "published layout":
-        raise ValueError(f"{src} is a diffusers folder already: give a DST that ends in .safetensors.")
+        raise ValueError(f"{src} is a diffusers folder already: give a `dst` that ends in .safetensors.")
     if dst.exists():
         ours = dst.is_file() if to_file else (dst / "model_index.json").is_file() or (dst / "config.json").is_file()
         if not (overwrite and ours) or dst.resolve() in (Path(src).resolve(), *Path(src).resolve().parents):
             raise FileExistsError(
-                f"{dst} exists: choose another name, or replace an earlier conversion by --overwrite."
+                f"{dst} exists: choose another name, or replace an earlier conversion by overwrite=True."
             )
     stored = Counter(tensor.dtype for tensor in parts["transformer"].values()).most_common(1)[0][0]
     torch_dtype = stored if dtype == "auto" else getattr(torch, dtype)

@@ -22,7 +22,8 @@ from mf_diffusers.checkpoints import load_pipeline
 from mf_diffusers.depth_io import read_depth, read_image
 from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
-from mf_diffusers.results import METADATA, place_result, temporary_folder, write_result
+from mf_diffusers.files import temporary_folder
+from mf_diffusers.results import METADATA, place_result, write_result
 from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
 
 
@@ -67,7 +68,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
     """
     started = time.perf_counter()
     if model is None and not EMBEDDED_MODEL.is_dir():
-        raise FileNotFoundError(f"this installation has no embedded model, {EMBEDDED_MODEL}: give one by --model.")
+        raise FileNotFoundError(f"this installation has no embedded model, {EMBEDDED_MODEL}: give one by `model`.")
     model = str(model or EMBEDDED_MODEL)
     output = Path(output) if Path(output).name else Path(output).resolve()
     sampling = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}  # of the tasks that make images

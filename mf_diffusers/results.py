@@ -2,10 +2,7 @@
 
 import json
 import os
-import shutil
-import uuid
 import warnings
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mf_diffusers.depth_io import as_depth_map, write_depth
+from mf_diffusers.files import ESCAPED, legal_name, place_folder
 from mf_diffusers.geometry import FOV_DEGREES, mesh, point_cloud, save_glb, save_ply
 from mf_diffusers.visualization import colorize_depth, colorize_error
 
@@ -20,46 +18,10 @@ from mf_diffusers.visualization import colorize_depth, colorize_error
 METADATA = "metadata.json"
 
 
-@contextmanager
-def temporary_folder(parent):
-    """Yield a new hidden folder in `parent`, which is made where missing. What is still there at the end is removed.
-
-    Raises OSError, PermissionError for one, when `parent` cannot be written.
-    """
-    folder = Path(parent) / f".{uuid.uuid4().hex}"
-    folder.mkdir(parents=True)  # not tempfile: its folders are readable by their owner alone
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def place_folder(folder, path):
-    """Rename a finished `folder` to `path` beside it, in the place of a folder that is there."""
-    replaced = folder.with_suffix(".old")
-    try:
-        if path.exists():
-            path.rename(replaced)
-        folder.rename(path)
-    finally:
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def save_whole(model, path):
-    """Write a pipeline or a model to the folder `path`, whole or not at all, in the place of a folder that is there.
-
-    Raises OSError when it cannot be written; what was at `path` stays.
-    """
-    path = Path(path).resolve()
-    with temporary_folder(path.parent) as folder:
-        model.save_pretrained(folder)
-        place_folder(folder, path)
-
-
 def place_result(folder, output, name, overwrite=False, written=()):
     """Rename a finished result folder to `output/name`, or to the first free of `name-002`, `name-003`, ...
+
+    What is no name on every system is changed, see `legal_name`.
 
     Args:
         folder: a `temporary_folder` of `output`.
@@ -68,6 +30,7 @@ def place_result(folder, output, name, overwrite=False, written=()):
 
     Returns the path that it got.
     """
+    name = legal_name(name)
     for number in count(1):
         path = Path(output) / (name if number == 1 else f"{name}-{number:03}")
         if path not in written and overwrite and (path / METADATA).is_file():
@@ -123,4 +86,4 @@ def write_result(
         else:
             save(folder / name, *geometry)
     text = json.dumps(metadata, indent=2, ensure_ascii=False, default=str)
-    (folder / METADATA).write_text(text + "\n", encoding="utf-8")
+    (folder / METADATA).write_text(text + "\n", **ESCAPED)

@@ -19,10 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mf_diffusers
 from mf_diffusers.checkpoints import load_pipeline
-from mf_diffusers.commands.console import debugging, reason, warnings_as_lines
+from mf_diffusers.commands.console import warnings_as_lines
 from mf_diffusers.commands.machine import device_and_dtype, hush_libraries
-from mf_diffusers.commands.options import Options
-from mf_diffusers.results import place_result, temporary_folder, write_result
+from mf_diffusers.commands.options import FLAGS, Options
+from mf_diffusers.errors import is_debugging, one_line, with_options
+from mf_diffusers.files import temporary_folder
+from mf_diffusers.results import place_result, write_result
 
 
 class Batch:
@@ -63,9 +65,9 @@ class Batch:
                 try:
                     path = self.write(source, *self.make(source, number, inputs, after_step))
                 except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                    if debugging():
+                    if is_debugging() or isinstance(error, BrokenPipeError):
                         raise
-                    failures.append(reason(error, source))
+                    failures.append(with_options(one_line(error, source), FLAGS))
                 else:
                     self.written.append(path)
                     if not self.options.quiet:
@@ -88,7 +90,7 @@ class Batch:
             raise FileNotFoundError(f"{', '.join(map(str, files))}: no such file")
         lora = self.options.lora or ""
         if lora.endswith(".safetensors") and not Path(lora).is_file():
-            raise FileNotFoundError(f"--lora {lora}: no such file")
+            raise FileNotFoundError(f"lora={lora}: no such file")
 
     def load(self) -> None:
         options = self.options

@@ -78,7 +78,7 @@ def evaluate(
     if predictions:
         predictor = FolderPredictor(predictions)
     elif model is None:
-        raise ValueError("nothing to score: give a --model, or a folder of --predictions.")
+        raise ValueError("nothing to score: give a `model`, or a folder of `predictions`.")
     else:
         hush_libraries(errors_alone=quiet)
         device = str(processes().device) if device == "auto" else device

@@ -13,9 +13,9 @@ def device_and_dtype(device: str, dtype: str, offload: str) -> tuple[str, torch.
     if device == "auto":
         device = usable[0]
     elif device.split(":")[0] not in usable:
-        raise ValueError(f"--device {device}: torch sees {', '.join(usable)} on this machine; choose among these.")
+        raise ValueError(f"device={device}: torch sees {', '.join(usable)} on this machine; choose among these.")
     if device == "cpu" and offload != "none":
-        raise ValueError(f"--offload {offload} needs a GPU, but the device is the CPU: leave it out.")
+        raise ValueError(f"offload={offload} needs a GPU, but the device is the CPU: leave it out.")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return device, getattr(torch, dtype)

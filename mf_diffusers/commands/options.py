@@ -26,6 +26,34 @@ def option(*names: str, panel: str = "Options", **settings):
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
+FLAGS = {
+    "src": "SRC",
+    "dst": "DST",
+    "prompt": "--prompt",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance-scale",
+    "log2_alpha": "--log2-alpha",
+    "num_refinement_steps": "--refine",
+    "ensemble_size": "--ensemble",
+    "height": "--height",
+    "width": "--width",
+    "scale": "--depth-scale",
+    "key": "--depth-key",
+    "fov_degrees": "--fov",
+    "model": "--model",
+    "lora": "--lora",
+    "text_encoder": "--text-encoder",
+    "predictions": "--predictions",
+    "output": "--output",
+    "overwrite": "--overwrite",
+    "prefix": "--prefix",
+    "max_pixels": "--max-pixels",
+    "device": "--device",
+    "dtype": "--dtype",
+    "offload": "--offload",
+}
+"""What the command line calls the arguments of the library, which errors name."""
+
 DTYPES = choice("auto", "bfloat16", "float32")
 
 Model = Annotated[

@@ -13,6 +13,8 @@ between 0.0001 and 65,000. Frames with depth beyond that cannot be stored and co
 import hashlib
 import io
 import json
+import signal
+import sys
 import tarfile
 import tempfile
 import zlib
@@ -27,7 +29,7 @@ import OpenEXR
 from PIL import Image
 
 from mf_diffusers.datasets import DATASETS, Frame
-from mf_diffusers.files import atomic_write
+from mf_diffusers.files import ESCAPED, atomic_write
 from mf_diffusers.visualization import colorize_depth, contact_sheet
 
 
@@ -81,7 +83,7 @@ def prepare_dataset(
     if dataset.files_per_frame:
         names = [names[k] for k in np.random.default_rng(0).permutation(len(names))]
     settings = {"dataset": name, "split": split, "max_pixels": max_pixels, "frames_per_shard": frames_per_shard}
-    settings |= {"frames": len(names), "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    settings |= {"frames": len(names), "names_sha256": hashlib.sha256("\n".join(names).encode(**ESCAPED)).hexdigest()}
 
     destination.mkdir(parents=True, exist_ok=True)
     for leftover in destination.glob(".*.tar"):
@@ -147,7 +149,7 @@ def run_tasks(function, tasks, workers):
     if "forkserver" in get_all_start_methods():
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, not by every worker
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=end_quietly_when_interrupted) as pool:
         try:
             running = {pool.submit(function, *task) for task in islice(tasks, 2 * workers)}
             while running:
@@ -156,6 +158,11 @@ def run_tasks(function, tasks, workers):
                 yield from (future.result() for future in done)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def end_quietly_when_interrupted():
+    """For a worker: the process that waits for it speaks of an interruption, and the worker removes what it began."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit())
 
 
 def write_shard(name, source, split, path, start, names, max_pixels, record):
@@ -230,7 +237,7 @@ def add_frame(tar, key, frame, stored, entry):
         header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
         OpenEXR.File(header, {"Z": stored}).write(f"{folder}/depth.exr")
         exr = Path(folder, "depth.exr").read_bytes()
-    text = json.dumps(entry, ensure_ascii=False).encode()
+    text = json.dumps(entry, ensure_ascii=False).encode(**ESCAPED)
     for suffix, content in ((".jpg", jpeg.getvalue()), (".depth.exr", exr), (".json", text)):
         member = tarfile.TarInfo(key + suffix)  # without a time or an owner: the same bytes in every run
         member.size = len(content)

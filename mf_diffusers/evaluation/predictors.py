@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mf_diffusers.depth_io import read_values
-from mf_diffusers.files import atomic_write
+from mf_diffusers.files import ESCAPED, atomic_write
 
 
 SUFFIXES = (".npy", ".npz", ".exr", ".pfm", ".tif", ".tiff", ".png")
@@ -87,7 +87,7 @@ class FolderPredictor:
             if path.suffix in SUFFIXES:
                 status = path.stat()
                 name = path.relative_to(self.folder).as_posix()
-                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(**ESCAPED))
         return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ import transformers
 import mf_diffusers
 from mf_diffusers.evaluation.metrics import mean_metrics
 from mf_diffusers.evaluation.protocol import BENCHMARKS, LEFT_OUT
-from mf_diffusers.files import atomic_write
+from mf_diffusers.files import ESCAPED, atomic_write
 
 
 SCORED, NO_TRUTH, FAILED = "scored", "no ground truth", "failed"
@@ -93,7 +93,7 @@ def make_report(settings, records, frames, environment):
 def write_report(output, report):
     """Write `frames.csv`, one row a frame, and `report.md`."""
     columns = list(report["frames"][0]["metrics"]) if report["frames"] else []
-    with atomic_write(output / "frames.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(output / "frames.csv") as temporary, temporary.open("w", newline="", **ESCAPED) as file:
         writer = csv.writer(file)
         writer.writerow(["name", "status", "reason", *columns, *LEFT_OUT])
         for frame in report["frames"]:
@@ -101,7 +101,7 @@ def write_report(output, report):
         for frame in report["left_out"]:
             writer.writerow([frame["name"], frame["status"], frame["reason"]])
     with atomic_write(output / "report.md") as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
+        temporary.write_text(markdown(report), **ESCAPED)
 
 
 def markdown(report):

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mf_diffusers.evaluation.predictors import save_prediction
 from mf_diffusers.evaluation.protocol import FAR_AWAY
 from mf_diffusers.evaluation.report import FAILED, NO_TRUTH, PICTURES, REPORT_FILES, SCORED, make_report, write_report
-from mf_diffusers.files import atomic_write
+from mf_diffusers.files import ESCAPED, atomic_write
 from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
 
 
@@ -57,7 +57,7 @@ def evaluate(dataset, protocol, predictor, output, limit=None, save_predictions=
     settings = {
         "protocol": protocol.describe(),
         "predictor": predictor.facts,
-        "frames_sha256": hashlib.sha256("\n".join(dataset.names).encode()).hexdigest(),
+        "frames_sha256": hashlib.sha256("\n".join(dataset.names).encode(**ESCAPED)).hexdigest(),
         "save_predictions": save_predictions,
     }
     if state.is_main_process:
@@ -159,8 +159,8 @@ def check_run(output, settings):
     ]
     if other:
         raise ValueError(
-            f"{output} holds a run with other settings ({'; '.join(other)}): choose another --output, or begin anew by "
-            "--overwrite"
+            f"{output} holds a run with other settings ({'; '.join(other)}): choose another `output`, or begin anew by "
+            "overwrite=True"
         )
 
 
@@ -186,7 +186,7 @@ def write_json(path, content):
     """NaN, which JSON does not have, is written as null."""
     with atomic_write(path) as temporary:
         text = json.dumps(without_nan(content), indent=2, ensure_ascii=False, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", **ESCAPED)
 
 
 def without_nan(content):
