@@ -14,6 +14,8 @@ from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel,
 from mf_diffusers.modality_forcing.conversion import convert_published_autoencoder
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids, tokens_to_latents
 from mf_diffusers.modality_forcing.noise import shift_timestep
+from mf_diffusers.modality_forcing.pipeline import token_positions
+from mf_diffusers.modality_forcing.stream import Stream
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +95,21 @@ def test_rollout(golden_a, pipe, case):
     def walk(times):
         return pipe.prepare_scheduler(FlowMatchEulerDiscreteScheduler(shift=1.0), times[:-1], "cpu")
 
+    def stream(name, is_given, **options):
+        if is_given:
+            return Stream.given(golden[f"clean_{name}"], golden[f"t_{name}"])
+        scheduler = walk(golden[f"t_{name}"])
+        return Stream(golden[f"noise_{name}"], scheduler.sigmas, scheduler=scheduler, **options)
+
+    streams = {
+        "image": stream("rgb", is_given=case == "i2d"),
+        "depth": stream("depth", is_given=case == "d2i", predicts_clean=True),
+    }
     pipe._guidance_scale = settings["cfg_scale"]
     uncond = golden.get("null_text_embed")
-    latents, depth_latents = pipe.denoise(
-        golden["clean_rgb"] if case == "i2d" else golden["noise_rgb"],
-        golden["clean_depth"] if case == "d2i" else golden["noise_depth"],
-        None if case == "i2d" else walk(golden["t_rgb"]),
-        None if case == "d2i" else walk(golden["t_depth"]),
-        golden["ctx"],
-        latent_ids=position_ids(rows=4, columns=4),
-        depth_ids=position_ids(time=1, rows=4, columns=4),
-        negative_prompt_embeds=None if uncond is None else uncond.expand(2, -1, -1),
-    )
+    negative = None if uncond is None else uncond.expand(2, -1, -1)
+    pipe.denoise(streams, token_positions(4, 4, "cpu"), golden["ctx"], negative)
+    latents, depth_latents = streams["image"].tokens, streams["depth"].tokens
     assert max_error(latents, golden["out_rgb"]) <= 1e-3
     assert max_error(depth_latents, golden["out_depth"]) <= 1e-3
     if case == "i2d":

@@ -14,8 +14,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
-from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import shift_timestep
+from mf_diffusers.modality_forcing.pipeline import token_positions
+from mf_diffusers.modality_forcing.stream import Stream
 
 
 KITTI = Path(__file__).parents[2] / "shared" / "data" / "rgbd" / "kitti_color.png"
@@ -155,16 +156,11 @@ def test_refinement_is_image_to_depth_of_the_result(pipe):
     noise = pipe.depth_processor.patchify(torch.randn(1, 1, 32, 32, generator=generator))
     tokens = []
     call(pipe, "a cat", callback_on_step_end=lambda p, i, t, tensors: tokens.append(tensors["latents"]))
-    _, depth = pipe.denoise(
-        tokens[-1],
-        noise,
-        None,
-        pipe.prepare_scheduler(pipe.depth_scheduler, [1, 2 / 3, 1 / 3], "cpu"),
-        pipe.encode_prompt("a cat")[0].detach(),
-        position_ids(rows=8, columns=8),
-        position_ids(time=1, rows=8, columns=8),
-    )
-    expected, _ = pipe.depth_processor.postprocess(depth.detach(), 32, 32)
+    depth = pipe.prepare_depth_of_image(None, noise, 32, 32, [1, 2 / 3, 1 / 3])
+    streams = {"image": Stream.given(tokens[-1], depth.levels), "depth": depth}
+    with torch.no_grad():
+        pipe.denoise(streams, token_positions(8, 8, "cpu"), pipe.encode_prompt("a cat")[0])
+    expected, _ = pipe.depth_processor.postprocess(depth.tokens, 32, 32)
     assert np.allclose(refined.depth[0], expected[0, 0].numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -181,7 +177,8 @@ def test_holes_in_loose_depth_are_unit_noise_at_every_level(pipe):
 
     pipe.transformer.forward = record
     call(pipe, "a cat", depth=np.where(holes, 0, DEPTH), log2_alpha=0.0, num_inference_steps=6, guidance_scale=1.0)
-    assert len(stds) == 6 and max(stds) - min(stds) < 1e-6 and 0.9 < stds[0] < 1.1
+    del stds[6:]  # of the pass that makes the rest of the depth
+    assert max(stds) - min(stds) < 1e-6 and 0.9 < stds[0] < 1.1
 
 
 def test_ensemble(pipe):
@@ -434,7 +431,7 @@ def test_long_prompts_are_cut(pipe):
         ({"prompt": "x", "num_refinement_steps": -1}, "at least 0, got -1"),
         ({"prompt": "x", "num_images_per_prompt": 0}, "at least 1, got 0"),
         ({"image": IMAGE, "ensemble_size": 0}, "at least 1, got 0"),
-        ({"image": IMAGE, "num_refinement_steps": 2}, "give neither `image` nor `depth`"),
+        ({"image": IMAGE, "num_refinement_steps": 2}, "leave it out"),
         ({"prompt": "x", "ensemble_size": 3}, "`ensemble_size` needs depth made from an image"),
         ({"image": IMAGE, "ensemble_size": 3, "output_type": "latent"}, "'pt' in place of 'latent'"),
         ({"image": IMAGE, "ensemble_size": 3, "depth_latents": torch.zeros(1)}, "cannot start an ensemble"),
@@ -445,7 +442,7 @@ def test_long_prompts_are_cut(pipe):
         ({"prompt": "x", "depth": DEPTH, "depth_mask": DEPTH[1:]}, "mask has shape"),
         ({"prompt": "x", "output_type": "jpg"}, "'pil', 'np', 'pt' or 'latent', got 'jpg'"),
         ({"prompt": "x", "callback_on_step_end_tensor_inputs": ["noise"]}, "known are"),
-        ({"prompt": ["x", "y"], "image": np.stack([IMAGE] * 3)}, "2 prompts do not go with 3 inputs"),
+        ({"prompt": ["x", "y"], "image": np.stack([IMAGE] * 3)}, "do not go together: 2 prompts, 3 images"),
         ({"prompt": "x", "generator": [seeded(), seeded()]}, "2 generators do not go with 1 results"),
         ({"prompt": "x", "height": -16}, "`height` must be an integer of at least 1, got -16"),
         ({"image": IMAGE, "width": 0}, "`width` must be an integer of at least 1, got 0"),

@@ -24,6 +24,27 @@ def uncontract(contracted: torch.Tensor) -> torch.Tensor:
     return torch.where(contracted <= 1, contracted, 1 / (2 - contracted.clamp(min=1)))
 
 
+def shrink(depth: torch.Tensor, valid: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Depth and validity (B, 1, H, W) at another (height, width), without inventing depth between a surface and what lies
+    behind it: a pixel takes the depth in its middle and, where that is missing, the nearest depth of all that become
+    this pixel. So no measurement of a sparse map is lost without need.
+    """
+    if size == tuple(depth.shape[-2:]):
+        return depth, valid
+    middle = F.interpolate(depth, size, mode="nearest-exact")
+    known = F.interpolate(valid.float(), size, mode="nearest-exact") > 0
+    rows, columns = (
+        ((torch.arange(old, device=depth.device) + 0.5) * new / old).long() for old, new in zip(depth.shape[-2:], size)
+    )
+    target = (rows[:, None] * size[1] + columns).flatten().expand(len(depth), -1)
+    nearest = torch.full((len(depth), size[0] * size[1]), torch.inf, dtype=depth.dtype, device=depth.device)
+    nearest.scatter_reduce_(1, target, torch.where(valid, depth, torch.inf).flatten(1), "amin")
+    nearest = nearest.view(middle.shape)
+    filled = torch.where(known, middle, nearest)
+    return torch.where(filled.isfinite(), filled, 0.0), filled.isfinite()
+
+
 class DepthProcessor(ConfigMixin):
     r"""
     Turns depth maps into the tokens that the transformer sees, and its tokens back into depth maps.
@@ -117,6 +138,33 @@ class DepthProcessor(ConfigMixin):
         contracted = contract(depth / scale.view(-1, 1, 1, 1))
         return torch.where(infinite, 2.0, contracted), valid | infinite, scale
 
+    def encode(
+        self,
+        depth: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Depth maps to contracted depth at another size.
+
+        Args:
+            depth (`torch.Tensor` of shape (H, W) or (B, 1, H, W)): see [`to_tensor`] and [`normalize`].
+            mask (`torch.Tensor` of the shape of `depth`, *optional*): False where a pixel is missing.
+            height, width (`int`, *optional*): size to resample to, see [`shrink`]; default: the map's own size.
+
+        Returns:
+            Contracted depth (B, 1, height, width), 0 where missing; validity of the same shape; and scale (B,).
+        """
+        depth = self.to_tensor(depth)
+        if mask is not None:
+            mask = self.mask_to_tensor(mask).to(depth.device)
+            if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
+                raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
+        contracted, valid, scale = self.normalize(depth, mask)
+        contracted, valid = shrink(contracted, valid, (height or depth.shape[-2], width or depth.shape[-1]))
+        return contracted, valid, scale
+
     def preprocess(
         self,
         depth: torch.Tensor,
@@ -129,25 +177,13 @@ class DepthProcessor(ConfigMixin):
         Depth maps to depth tokens.
 
         Args:
-            depth (`torch.Tensor` of shape (H, W) or (B, 1, H, W)): see [`to_tensor`] and [`normalize`].
-            mask (`torch.Tensor` of the shape of `depth`, *optional*): False where a pixel is missing.
-            height, width (`int`, *optional*): size to resample to (nearest, so that no depth is invented between a
-                surface and what lies behind it); default: the map's own size. Multiples of `patch_size`.
+            depth, mask, height, width: see [`encode`]; multiples of `patch_size`.
             generator: source of the noise that fills the missing pixels.
 
         Returns:
             Tokens (B, N, p*p), validity per pixel (B, 1, height, width) and scale (B,).
         """
-        depth = self.to_tensor(depth)
-        if mask is not None:
-            mask = self.mask_to_tensor(mask).to(depth.device)
-            if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
-                raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
-        contracted, valid, scale = self.normalize(depth, mask)
-        size = (height or depth.shape[-2], width or depth.shape[-1])
-        if size != tuple(depth.shape[-2:]):
-            contracted = F.interpolate(contracted, size, mode="nearest-exact")
-            valid = F.interpolate(valid.float(), size, mode="nearest-exact") > 0
+        contracted, valid, scale = self.encode(depth, mask, height, width)
         noise = randn_tensor(contracted.shape, generator=generator, device=contracted.device)
         return self.patchify(torch.where(valid, contracted, noise)), valid, scale
 

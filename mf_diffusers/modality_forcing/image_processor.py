@@ -64,15 +64,19 @@ def image_to_tensor(image) -> torch.Tensor:
     return image.clamp(0, 1)
 
 
-def processing_size(height: int, width: int, pixels: int, multiple: int = 16) -> tuple[int, int]:
+def processing_size(height: int, width: int, pixels: int, multiple: int = 16, rule: str = "area") -> tuple[int, int]:
     """
-    The (height, width) at which to work on an input of `height` x `width`: its aspect ratio at an area near `pixels`,
-    both sides rounded to `multiple`.
+    The (height, width) at which to work on an input of `height` x `width`: its aspect ratio, both sides rounded to
+    `multiple`.
+
+    Args:
+        pixels: area of the square that the `rule` is about.
+        rule: "area": an area near `pixels`; "long_side": the longer side as long as that square's.
 
     Raises:
         ValueError: so long and thin that the short side would be less than half a `multiple`.
     """
-    scale = math.sqrt(pixels / (height * width))
+    scale = math.sqrt(pixels / (height * width if rule == "area" else max(height, width) ** 2))
     if min(height, width) * scale < multiple / 2:
         raise ValueError(
             f"{height}x{width} (H x W) is too long and thin for {pixels} pixels in steps of {multiple}: crop it, or "

@@ -6,11 +6,16 @@ from diffusers import AutoencoderKLFlux2
 
 def image_to_tokens(vae: AutoencoderKLFlux2, image: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) in [0, 1] -> whitened latent tokens (B, N, C), float32, C = 4 times the latent channels."""
-    latents = vae.encode((2 * image - 1).to(vae.dtype)).latent_dist.mode().float()
+    cells = pack_cells(vae.encode((2 * image - 1).to(vae.dtype)).latent_dist.mode().float())
+    mean, std = _cell_statistics(vae, cells.device)
+    return ((cells - mean) / std).transpose(1, 2)
+
+
+def pack_cells(latents: torch.Tensor) -> torch.Tensor:
+    """VAE latents (B, C, H, W), or a mask of theirs, in cells of 2x2: (B, 4 * C, H / 2 * W / 2), row-major."""
     batch_size, channels, height, width = latents.shape
-    latents = latents.view(batch_size, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
-    mean, std = _cell_statistics(vae, latents.device)
-    return ((latents.reshape(batch_size, 4 * channels, -1) - mean) / std).transpose(1, 2)
+    cells = latents.reshape(batch_size, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return cells.reshape(batch_size, 4 * channels, -1)
 
 
 def tokens_to_latents(vae: AutoencoderKLFlux2, tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -1,12 +1,11 @@
-"""One pipeline of images and depth: what is given decides what is made."""
+"""One pipeline of images and depth: the inputs decide what is generated."""
 
-import math
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
@@ -17,11 +16,22 @@ from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, 
 from .adapter import ModalityForcingAdapterMixin
 from .depth_processor import DepthProcessor
 from .ensemble import ensemble_depth
-from .image_processor import image_to_tensor, processing_size, resize
-from .latent_tokens import decode_latents, image_to_tokens, position_ids, tokens_to_latents
+from .image_processor import processing_size, resize
+from .inputs import (
+    GivenDepth,
+    GivenImage,
+    check_components,
+    check_counts,
+    check_given,
+    check_inputs,
+    read_depth,
+    read_image,
+)
+from .latent_tokens import decode_latents, image_to_tokens, pack_cells, position_ids, tokens_to_latents
 from .loaders import ModalityForcingLoaderMixin
-from .noise import add_noise, shift_timestep, velocity_from_clean
+from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
+from .stream import Stream
 from .text_features import encode_text
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
@@ -52,8 +62,14 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         text_encoder_out_layers (`list[int]`, defaults to `[9, 18, 27]`): Hidden layers of Qwen3 to put side by side;
             of UMT5 it is always the last.
         max_sequence_length (`int`, defaults to 512): Text tokens; shorter prompts are padded to it.
-        default_sample_size (`int`, defaults to 512): Side of the square whose area is the pixel budget.
+        default_sample_size (`int`, defaults to 512): Size to work at, as `default_size_rule` reads it.
+        default_size_rule (`str`, defaults to "area"): "area": the area of a square of this side; "long_side": the
+            longer side has as many pixels, as in the training of the published model.
         default_log2_alpha (`float`, defaults to 5.0): Trajectory of joint generation.
+        default_num_inference_steps, default_depth_steps (`int`, default to 50): Steps where images are made, and where
+            depth alone is.
+        default_guidance_scale (`float`, defaults to 4.0), default_depth_guidance_scale (`float`, defaults to 1.0): The
+            same for guidance; 1 switches it off.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -72,7 +88,12 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         text_encoder_out_layers: list[int] = (9, 18, 27),
         max_sequence_length: int = 512,
         default_sample_size: int = 512,
+        default_size_rule: str = "area",
         default_log2_alpha: float = 5.0,
+        default_num_inference_steps: int = 50,
+        default_depth_steps: int = 50,
+        default_guidance_scale: float = 4.0,
+        default_depth_guidance_scale: float = 1.0,
     ):
         super().__init__()
         self.register_modules(
@@ -88,7 +109,12 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
             text_encoder_out_layers=list(text_encoder_out_layers),
             max_sequence_length=max_sequence_length,
             default_sample_size=default_sample_size,
+            default_size_rule=default_size_rule,
             default_log2_alpha=default_log2_alpha,
+            default_num_inference_steps=default_num_inference_steps,
+            default_depth_steps=default_depth_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_depth_guidance_scale=default_depth_guidance_scale,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         # A latent token is a 2x2 cell of VAE latents; a depth token covers the same pixels.
@@ -99,159 +125,6 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         self._attention_kwargs = None
         self._current_timestep = None
         self._interrupt = False
-
-    def check_inputs(
-        self,
-        prompt,
-        prompt_embeds,
-        negative_prompt_embeds,
-        image,
-        depth,
-        depth_mask,
-        height,
-        width,
-        num_inference_steps,
-        sigmas,
-        guidance_scale,
-        log2_alpha,
-        num_refinement_steps,
-        ensemble_size,
-        num_images_per_prompt,
-        generator,
-        latents,
-        depth_latents,
-        output_type,
-        callback_on_step_end_tensor_inputs,
-    ):
-        # What is made of what
-        if not self.has_depth:
-            for name, value in (
-                ("image", image),
-                ("depth", depth),
-                ("log2_alpha", log2_alpha),
-                ("num_refinement_steps", num_refinement_steps or None),
-                ("depth_latents", depth_latents),
-            ):
-                if value is not None:
-                    raise ValueError(
-                        f"`{name}` is about depth, but this transformer is a text-to-image base: leave it out, or take "
-                        "a model with depth (ModalityForcingPipeline.from_base starts one)."
-                    )
-        if image is not None and depth is not None:
-            raise ValueError(
-                "Both `image` and `depth` were given, so nothing is left to make: give one of them, or neither."
-            )
-        if prompt is not None and prompt_embeds is not None:
-            raise ValueError("Give `prompt` or `prompt_embeds`, not both.")
-        if prompt is None and prompt_embeds is None and image is None:
-            raise ValueError("Give a `prompt` (or `prompt_embeds`); only image -> depth does without one.")
-        if prompt is not None and not (
-            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
-        ):
-            raise ValueError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
-        if num_refinement_steps and (image is not None or depth is not None):
-            raise ValueError(
-                "`num_refinement_steps` refines the depth of joint generation: give neither `image` nor `depth`."
-            )
-        if ensemble_size != 1 and image is None and not num_refinement_steps:
-            raise ValueError("`ensemble_size` needs depth made from an image: give `image`, or `num_refinement_steps`.")
-        if ensemble_size != 1 and output_type == "latent":
-            raise ValueError("An ensemble is a median of depth maps: take the `output_type` 'pt' in place of 'latent'.")
-        if ensemble_size != 1 and depth_latents is not None:
-            raise ValueError("`depth_latents` is the noise of one sample, so it cannot start an ensemble.")
-        if log2_alpha is not None and image is not None:
-            raise ValueError(
-                "`log2_alpha` couples the noise levels of two modalities, but the image is given: leave it out."
-            )
-        if latents is not None and image is not None:
-            raise ValueError("`latents` is the noise of a new image, but the image is given: leave it out.")
-        if depth_latents is not None and depth is not None and log2_alpha is None:
-            raise ValueError("`depth_latents` is the noise of a new depth map, but the depth is given: leave it out.")
-        if depth_mask is not None and depth is None:
-            raise ValueError("`depth_mask` says where `depth` is valid: give both.")
-
-        # Numbers
-        for name, value, least in (
-            ("num_inference_steps", num_inference_steps, 1),
-            ("num_refinement_steps", num_refinement_steps, 0),
-            ("ensemble_size", ensemble_size, 1),
-            ("num_images_per_prompt", num_images_per_prompt, 1),
-            ("height", height, 1),
-            ("width", width, 1),
-        ):
-            is_size = name in ("height", "width")
-            if not (is_size and value is None) and (
-                not isinstance(value, Integral) or isinstance(value, bool) or value < least
-            ):
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        for name, value, low, high in (
-            ("guidance_scale", guidance_scale, 0, math.inf),
-            ("log2_alpha", log2_alpha, -30, 30),
-        ):
-            if value is not None and not (isinstance(value, Real) and low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"`{name}` must be a number from {low} to {high}, got {value!r}.")
-        if sigmas is not None:
-            levels = np.asarray(sigmas, dtype=np.float64)
-            if (
-                levels.ndim != 1
-                or not len(levels)
-                or not (levels[0] <= 1 and levels[-1] > 0 and (np.diff(levels) < 0).all())
-            ):
-                raise ValueError(f"`sigmas` must fall from at most 1 to above 0, got {sigmas!r}.")
-
-        # Tensors and the rest
-        generators = generator if isinstance(generator, list) else [generator]
-        if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
-            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
-        for name, value in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            channels = self.transformer.config.joint_attention_dim
-            if value is not None and not (
-                isinstance(value, torch.Tensor) and value.ndim == 3 and len(value) and value.shape[2] == channels
-            ):
-                got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
-                raise ValueError(f"`{name}` must be a tensor of shape (B, L, {channels}), got {got}.")
-        for name, value in (
-            ("latents", latents),
-            ("depth_latents", depth_latents),
-            ("prompt_embeds", prompt_embeds),
-            ("negative_prompt_embeds", negative_prompt_embeds),
-        ):
-            if value is not None and not (isinstance(value, torch.Tensor) and torch.isfinite(value).all()):
-                raise ValueError(f"`{name}` must be a tensor of finite values.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; known are {self._callback_tensor_inputs}."
-            )
-        self.check_components()
-
-    def check_components(self):
-        """Raises ValueError where the components do not fit one another, or this pipeline."""
-        schedulers = [self.scheduler]
-        if self.has_depth:
-            schedulers.append(self.depth_scheduler)
-            patch_size = self.depth_processor.config.patch_size
-            channels = self.transformer.config.depth_channels
-            if not (patch_size == self.token_size and patch_size**2 == channels):
-                raise ValueError(
-                    f"A depth token must cover the pixels of an image token, but the depth processor's patches are "
-                    f"{patch_size} pixels wide, the VAE's tokens {self.token_size}, and the transformer takes "
-                    f"{channels} values for each: graft with depth_channels = patch_size**2."
-                )
-        for scheduler in schedulers:
-            if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
-                raise ValueError(
-                    f"This pipeline takes Euler steps of a static shift, but a scheduler is {scheduler}: give "
-                    "FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1))."
-                )
-        if self.transformer.config.get("guidance_embeds"):
-            raise ValueError("A guidance-distilled transformer (guidance_embeds) is not supported: take a base model.")
-        if self.transformer.dtype == torch.float16:
-            raise ValueError(
-                "The transformer overflows in float16: load it with dtype=torch.bfloat16 or torch.float32."
-            )
 
     def encode_prompt(
         self,
@@ -306,12 +179,13 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         """
         The (height, width) to work at, multiples of a token, and the (height, width) to return.
 
-        What comes in goes out at its own size; it is worked on near the pixel budget, or near `height` x `width` where
-        the caller gives them. Without an input, the size asked for is returned.
+        What comes in goes out at its own size; it is worked on at the size that the checkpoint's rule gives it, or near
+        `height` x `width` where the caller gives them. Without an input, the size asked for is returned.
         """
         side = self.config.default_sample_size
         if height is None and width is None:
-            working = processing_size(*(input_size or (side, side)), pixels=side * side, multiple=self.token_size)
+            rule = self.config.default_size_rule
+            working = processing_size(*(input_size or (side, side)), side * side, self.token_size, rule)
             return working, input_size or working
         if input_size is not None:
             height = height or round(input_size[0] * width / input_size[1])
@@ -332,143 +206,211 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         scheduler.set_begin_index(0)
         return scheduler
 
-    def prepare_depth_condition(
-        self, depth, depth_mask, batch_size: int, height: int, width: int, device, generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Given depth (B, 1, H, W) as clean tokens (batch_size, N, p*p), noise where missing; and their validity."""
-        repeats = batch_size // len(depth)
-        if depth_mask is not None:
-            depth_mask = self.depth_processor.mask_to_tensor(depth_mask)
-            if len(depth_mask) > 1:
-                depth_mask = depth_mask.repeat_interleave(repeats, dim=0)
-        depth = depth.to(device).repeat_interleave(repeats, dim=0)
-        tokens, valid, _ = self.depth_processor.preprocess(depth, depth_mask, height, width, generator)
-        empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"Depth map {empty[0] // repeats} of the batch has no valid pixel: depth must be positive and finite "
-                "somewhere. Give a depth map with values, or leave `depth` out."
-            )
-        return tokens, self.depth_processor.patchify(valid)
+    def prepare_image(self, image: torch.Tensor, batch_size: int, height: int, width: int, device) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] as clean tokens (batch_size, N, C)."""
+        tokens = image_to_tokens(self.vae, resize(image, (height, width)).to(device))
+        return tokens.repeat_interleave(batch_size // len(image), dim=0)
+
+    def prepare_image_stream(
+        self, image: GivenImage | None, noise: torch.Tensor, height: int, width: int, sigmas, device
+    ) -> Stream:
+        """
+        The image as a stream that is made: from noise, around what is known of it, or from a given start.
+
+        Args:
+            noise (`torch.Tensor` of shape (B, N, C)): Its noise.
+            sigmas: Noise levels before the scheduler's shift, from the first.
+        """
+        scheduler = self.prepare_scheduler(self.scheduler, sigmas, device)
+        known = mask = start = None
+        if image is not None and image.is_start:
+            start = self.prepare_image(image.pixels, len(noise), height, width, device)
+        if image is not None and image.hidden is not None:
+            known = self.prepare_image(image.without_hidden, len(noise), height, width, device)
+            cells = (len(image.hidden), 1, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            hidden = F.adaptive_max_pool2d(image.hidden.to(device), cells[-2:]) >= 0.5
+            hidden = pack_cells(hidden.expand(-1, known.shape[2] // 4, -1, -1)).transpose(1, 2)
+            mask = ~hidden.repeat_interleave(len(noise) // len(hidden), dim=0)
+        return Stream(noise, scheduler.sigmas, known, mask, start, scheduler)
+
+    def prepare_depth(
+        self, depth: GivenDepth, batch_size: int, height: int, width: int, device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Given depth as clean tokens (batch_size, N, p*p), their validity of the same shape, and the scale (B,)."""
+        contracted, valid, scale = self.depth_processor.encode(depth.depth.to(device), None, height, width)
+        repeats = batch_size // len(contracted)
+        tokens = (self.depth_processor.patchify(maps).repeat_interleave(repeats, dim=0) for maps in (contracted, valid))
+        return *tokens, scale.repeat_interleave(repeats, dim=0)
+
+    def prepare_depth_beside_image(
+        self,
+        depth: GivenDepth | None,
+        noise: torch.Tensor,
+        image: Stream,
+        height: int,
+        width: int,
+        log2_alpha: float | None,
+        depth_strength: float | None,
+    ) -> Stream:
+        """
+        Depth as a stream beside an image in the making: made with it, or given to steer it.
+
+        Args:
+            noise (`torch.Tensor` of shape (B, N, p*p)): Its noise.
+            log2_alpha: Its level follows the image's, warped by `2**log2_alpha`; `None`: given depth is clean.
+        """
+        levels = image.levels.cpu().double()
+        if depth is not None and not depth.is_start:
+            known, mask, _ = self.prepare_depth(depth, len(noise), height, width, noise.device)
+            levels = torch.zeros_like(levels) if log2_alpha is None else shift_timestep(levels, 2.0**log2_alpha)
+            return Stream(noise, levels.to(noise), known, mask, predicts_clean=True)
+        start = None
+        if depth is not None:
+            start, mask, _ = self.prepare_depth(depth, len(noise), height, width, noise.device)
+            start = torch.where(mask, start, noise)
+        # It starts at pure noise, or at its own strength, wherever the image starts.
+        levels = levels / levels[0] * (1.0 if depth_strength is None else depth_strength)
+        scheduler = self.prepare_scheduler(
+            type(self.depth_scheduler).from_config(self.depth_scheduler.config, shift=1.0),
+            shift_timestep(levels[:-1], 2.0**log2_alpha),
+            noise.device,
+        )
+        return Stream(noise, scheduler.sigmas, start=start, scheduler=scheduler, predicts_clean=True)
+
+    def prepare_depth_of_image(
+        self, depth: GivenDepth | None, noise: torch.Tensor, height: int, width: int, sigmas
+    ) -> Stream:
+        """Depth as the stream that is made of a finished image: from noise, around what is known, or from a start."""
+        scheduler = self.prepare_scheduler(self.depth_scheduler, sigmas, noise.device)
+        if depth is None:
+            return Stream(noise, scheduler.sigmas, scheduler=scheduler, predicts_clean=True)
+        tokens, mask, _ = self.prepare_depth(depth, len(noise), height, width, noise.device)
+        if depth.is_start:
+            start = torch.where(mask, tokens, noise)
+            return Stream(noise, scheduler.sigmas, start=start, scheduler=scheduler, predicts_clean=True)
+        return Stream(noise, scheduler.sigmas, tokens, mask, scheduler=scheduler, predicts_clean=True)
 
     def denoise(
         self,
-        latents: torch.Tensor,
-        depth_latents: torch.Tensor,
-        scheduler: FlowMatchEulerDiscreteScheduler | None,
-        depth_scheduler: FlowMatchEulerDiscreteScheduler | None,
+        streams: dict[str, Stream],
+        positions: dict[str, torch.Tensor],
         prompt_embeds: torch.Tensor,
-        latent_ids: torch.Tensor,
-        depth_ids: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None = None,
-        depth_condition: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        progress_bar=None,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        on_step: Callable | None = None,
+    ) -> None:
         r"""
-        The sampling loop of every task: Euler steps of the streams that have a scheduler.
+        The sampling loop of every task: at each noise level, a step of the streams that are made.
 
         Args:
-            latents, depth_latents (`torch.Tensor` of shape (B, N, C)): Tokens at the first noise level, float32.
-                `depth_latents` is `None` where the transformer has no depth.
-            scheduler, depth_scheduler: With `set_timesteps` done, as many steps in both. `None`: that stream is clean
-                and stays as it is.
-            negative_prompt_embeds: Features of ""; guidance is on where they are given and `guidance_scale` is above 1.
-            depth_condition (`torch.Tensor`): Clean depth tokens that steer the image loosely: the depth stream is
-                not sampled but is this map at the scheduler's noise level, `depth_latents` being its noise.
+            streams (`dict[str, Stream]`): "image", and "depth" where the transformer has it; as many levels in both.
+            positions (`dict[str, torch.Tensor]`): Of their tokens, see [`token_positions`].
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape (B, L, D)): Features of the prompt, and those
+                of "", towards and away from which guidance steers; it is on where the latter are given and
+                `guidance_scale` is above 1.
             generator: Draws the noise of schedulers with `stochastic_sampling`.
-
-        Returns:
-            The two streams' tokens after the last step.
+            on_step: Called after each step as `on_step(step, timestep, streams, features)`; may change the streams, and
+                the features, which are the list of the two above.
         """
-        leading_scheduler = depth_scheduler if scheduler is None else scheduler
-        still = torch.zeros_like(leading_scheduler.sigmas)
-        sigmas = still if scheduler is None else scheduler.sigmas
-        depth_sigmas = still if depth_scheduler is None else depth_scheduler.sigmas
-        depth_noise = depth_latents
-        dtype = self.transformer.dtype
-        prompt_embeds, text_ids = prompt_embeds.to(dtype), text_position_ids(prompt_embeds)
-        if negative_prompt_embeds is not None:
-            negative_text_ids = text_position_ids(negative_prompt_embeds)
-            negative_prompt_embeds = negative_prompt_embeds.to(dtype)
-
-        for i, t in enumerate(leading_scheduler.timesteps):
+        features = [prompt_embeds, negative_prompt_embeds]
+        leading = next(stream for stream in streams.values() if stream.is_made)
+        for step, timestep in enumerate(leading.scheduler.timesteps):
             if self.interrupt:
                 continue
-            self._current_timestep = t
-            if depth_condition is not None:
-                depth_latents = add_noise(depth_condition, depth_noise, depth_sigmas[i])
-            inputs = {
-                "hidden_states": latents.to(dtype),
-                "timestep": sigmas[i].expand(len(latents)),
-                "img_ids": latent_ids,
-                "depth_hidden_states": None if depth_latents is None else depth_latents.to(dtype),
-                "depth_timestep": depth_sigmas[i].expand(len(latents)),
-                "depth_ids": depth_ids,
-                "joint_attention_kwargs": self.attention_kwargs,
-                "return_dict": False,
-            }
+            self._current_timestep = timestep
+            shown = {name: stream.shown(step) for name, stream in streams.items()}
+            levels = {name: stream.levels[step] for name, stream in streams.items()}
             with self.transformer.cache_context("cond"):
-                velocity, clean_depth = self.transformer(
-                    encoder_hidden_states=prompt_embeds, txt_ids=text_ids, **inputs
-                )
-            velocity = velocity.float()
-            if negative_prompt_embeds is not None and self.do_classifier_free_guidance:
+                predictions = self.predict(shown, levels, positions, features[0])
+            if features[1] is not None and self.do_classifier_free_guidance:
                 # On both raw outputs, before the clean depth becomes a velocity (published model).
                 with self.transformer.cache_context("uncond"):
-                    uncond, uncond_depth = self.transformer(
-                        encoder_hidden_states=negative_prompt_embeds,
-                        txt_ids=negative_text_ids,
-                        **inputs,
-                    )
-                velocity = uncond.float() + self.guidance_scale * (velocity - uncond.float())
-                if clean_depth is not None:
-                    clean_depth = uncond_depth + self.guidance_scale * (clean_depth - uncond_depth)
+                    unguided = self.predict(shown, levels, positions, features[1])
+                for name, base in unguided.items():
+                    predictions[name] = base + self.guidance_scale * (predictions[name] - base)
+            for name, stream in streams.items():
+                stream.advance(predictions[name], step, generator)
+            if on_step is not None:
+                on_step(step, timestep, streams, features)
 
-            if scheduler is not None:
-                latents = scheduler.step(
-                    velocity, scheduler.timesteps[i], latents, generator=generator, return_dict=False
-                )[0]
-            if depth_scheduler is not None and depth_condition is None:
-                depth_velocity = velocity_from_clean(depth_latents, clean_depth, depth_sigmas[i])
-                depth_latents = depth_scheduler.step(
-                    depth_velocity,
-                    depth_scheduler.timesteps[i],
-                    depth_latents,
-                    generator=generator,
-                    return_dict=False,
-                )[0]
+    def predict(
+        self,
+        shown: dict[str, torch.Tensor],
+        levels: dict[str, torch.Tensor],
+        positions: dict[str, torch.Tensor],
+        prompt_embeds: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """What the transformer predicts of each stream, (B, N, C), float32, from its tokens and noise level."""
+        dtype, image, depth = self.transformer.dtype, shown["image"], shown.get("depth")
+        velocity, clean_depth = self.transformer(
+            hidden_states=image.to(dtype),
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            timestep=levels["image"].expand(len(image)),
+            img_ids=positions["image"],
+            txt_ids=text_position_ids(prompt_embeds),
+            depth_hidden_states=None if depth is None else depth.to(dtype),
+            depth_timestep=None if depth is None else levels["depth"].expand(len(depth)),
+            depth_ids=positions["depth"],
+            joint_attention_kwargs=self.attention_kwargs,
+            return_dict=False,
+        )
+        predictions = {"image": velocity.float()}
+        return predictions if depth is None else predictions | {"depth": clean_depth.float()}
 
-            if callback_on_step_end is not None:
-                callback_kwargs = {}
-                for name in callback_on_step_end_tensor_inputs:
-                    callback_kwargs[name] = locals()[name]
-                outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                latents = outputs.pop("latents", latents)
-                depth_latents = outputs.pop("depth_latents", depth_latents)
-                prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
-                negative_prompt_embeds = outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-            if progress_bar is not None:
-                progress_bar.update()
-        return latents, depth_latents
+    def run_callback(self, callback, names, step: int, timestep, streams: dict[str, Stream], features: list) -> None:
+        """Calls `callback_on_step_end` with the tensors that it asked for, and takes over those that it returns."""
+        tensors = {
+            "latents": streams["image"].tokens,
+            "depth_latents": streams["depth"].tokens if "depth" in streams else None,
+            "prompt_embeds": features[0],
+            "negative_prompt_embeds": features[1],
+        }
+        changed = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
+        if "latents" in changed:
+            streams["image"].state = changed["latents"]
+        if "depth_latents" in changed:
+            streams["depth"].state = changed["depth_latents"]
+        features[:] = (changed.get(name, tensors[name]) for name in ("prompt_embeds", "negative_prompt_embeds"))
+
+    def postprocess_image(
+        self, tokens: torch.Tensor, rows: int, columns: int, given: GivenImage | None, output_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Image tokens -> images (B, 3, H, W) in [-1, 1]; pixels that are known are those of the given image."""
+        images = resize(decode_latents(self.vae, tokens_to_latents(self.vae, tokens, rows, columns)), output_size)
+        if given is None or given.hidden is None:
+            return images
+        repeats = len(images) // len(given.pixels), len(images) // len(given.hidden)
+        pixels = (2 * given.pixels.to(images) - 1).repeat_interleave(repeats[0], dim=0)
+        hidden = given.hidden.to(images).repeat_interleave(repeats[1], dim=0)
+        return pixels + hidden * (images - pixels)
 
     def postprocess_depth(
-        self, samples: list[torch.Tensor], height: int, width: int, output_size: tuple[int, int], output_type: str
-    ) -> tuple[torch.Tensor | np.ndarray | None, ...]:
-        """Depth tokens of one or several samples -> depth, validity and uncertainty, as `output_type` says."""
-        if output_type == "latent":
-            return self.depth_processor.unpatchify(samples[0], height, width), None, None
+        self,
+        samples: list[torch.Tensor],
+        height: int,
+        width: int,
+        given: GivenDepth | None,
+        output_size: tuple[int, int],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Depth tokens of one or several samples -> depth, validity and uncertainty, (B, 1, H, W) each. Where depth was
+        given it is in the unit of what was given, and pixels that are known are as they were.
+        """
         maps, masks = zip(*(self.depth_processor.postprocess(sample, height, width) for sample in samples))
         depth, mask, uncertainty = maps[0], masks[0], None
         if len(samples) > 1:
             depth, mask, uncertainty = ensemble_depth(torch.stack(maps), torch.stack(masks))
             uncertainty = resize(uncertainty, output_size)
         depth, mask = self.depth_processor.resize(depth, mask, output_size)
-        if output_type == "pt":
-            return depth, mask, uncertainty
-        return tuple(None if m is None else m[:, 0].cpu().numpy() for m in (depth, mask, uncertainty))
+        if given is not None:
+            repeats = len(depth) // len(given.depth)
+            known = given.depth.to(depth).repeat_interleave(repeats, dim=0)
+            _, _, scale = self.depth_processor.normalize(known)
+            depth = depth * scale.view(-1, 1, 1, 1)
+            if not given.is_start:
+                is_known = known.isfinite()
+                depth, mask = torch.where(is_known, known, depth), mask | is_known
+        return depth, mask, uncertainty
 
     @property
     def has_depth(self) -> bool:
@@ -504,10 +446,13 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         prompt: str | list[str] | None = None,
         image=None,
         depth=None,
+        mask_image=None,
         depth_mask=None,
+        strength: float | None = None,
+        depth_strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float | None = None,
         log2_alpha: float | None = None,
@@ -526,30 +471,54 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         callback_on_step_end_tensor_inputs: list[str] = ["latents", "depth_latents"],  # noqa: B006
     ) -> ModalityForcingPipelineOutput | tuple:
         r"""
-        What is given decides what is made: a prompt makes an image and its depth, an image (with a prompt or without)
-        makes depth, depth and a prompt make an image.
+        The inputs decide what is generated: each modality is given whole, given in part, or made.
+
+        | `image` | `depth` | what is made |
+        |---|---|---|
+        | - | - | both |
+        | whole | - | the depth |
+        | whole | in part (`depth_mask`, missing pixels) | the rest of the depth, in the unit of the given depth |
+        | - | whole | the image |
+        | - | in part | the image, and the rest of the depth |
+        | in part (`mask_image`) | - | the hidden part of the image, and its depth |
+        | in part | whole | the hidden part of the image under this geometry |
+        | in part | in part | the hidden part of the image, and the rest of the depth |
+        | start (`strength`) | - | another version of the image, with its depth |
+        | start | whole | another version of the image under this geometry |
+        | start | start (`depth_strength`) | another version of both |
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): What to show.
-            image (*optional*): Image or images to make depth of: PIL, array (H, W, 3) or tensor (3, H, W), batches of
-                these with an axis in front, or a list; values in [0, 1]. Any size, one size a call.
-            depth (*optional*): Depth map or maps to make images of, larger is farther: array or tensor (H, W), batches
-                with an axis in front, one-channel PIL image, or a list. 0, negative and NaN mean missing, and so does
-                inf for a model that was not trained with infinite depth (`depth_processor.config.infinite_depth`).
+            prompt (`str` or `list[str]`, *optional*): What to show. Only an image that is given whole does without.
+            image (*optional*): Image or images: PIL, array (H, W, 3) or tensor (3, H, W), batches of these with an axis
+                in front, or a list; values in [0, 1]. Any size, one size a call.
+            depth (*optional*): Depth map or maps of any positive unit, larger is farther: array or tensor (H, W),
+                batches with an axis in front, one-channel PIL image, or a list. 0, negative and NaN mean missing, and
+                so does inf for a model that was not trained with infinite depth
+                (`depth_processor.config.infinite_depth`).
+            mask_image (*optional*): White where the image is made anew, of the size of `image`: PIL image, array or
+                tensor (H, W), batches with an axis in front, or a list. Where it is black, the result has the pixels of
+                `image`; where it is grey, it blends.
             depth_mask (*optional*): False where `depth` is missing besides; of its shape.
+            strength (`float`, *optional*): Above 0, up to 1: `image` is not kept, it is where sampling starts, and this
+                share of the steps is made.
+            depth_strength (`float`, *optional*): The same for `depth`.
             height, width (`int`, *optional*): Size to work at, rounded to the token size. Default: the aspect ratio of
-                the input near `default_sample_size`. The result has the size of the input, where there is one.
-            num_inference_steps (`int`, defaults to 50): Euler steps. For image -> depth 1 to 4 already give good maps.
+                the input, at `default_sample_size` by `default_size_rule`. The result has the size of the input, where
+                there is one.
+            num_inference_steps (`int`, *optional*): Euler steps. Default: the checkpoint's,
+                `default_num_inference_steps` where an image is made, else `default_depth_steps`.
             sigmas (`list[float]`, *optional*): Own noise levels in place of an even grid, before the scheduler's shift.
-            guidance_scale (`float`, *optional*): Guidance away from the empty prompt, on above 1. Default: 4.0, and
-                1.0 for image -> depth.
-            log2_alpha (`float`, *optional*): Trajectory `t_depth = f(t_rgb, 2**log2_alpha)`. Joint generation: above 0
-                RGB resolves first (default 5.0), below 0 depth does. Depth -> image: how tightly the depth is followed,
-                from -5 (loose) over -8 and -11 to -14 (tight); default: rigidly.
-            num_refinement_steps (`int`, defaults to 0): After joint generation, steps of an image -> depth pass over
-                the generated image, for sharper depth.
-            ensemble_size (`int`, defaults to 1): Image -> depth samples to align and take the median of; also gives
-                `depth_uncertainty`.
+            guidance_scale (`float`, *optional*): Guidance away from the empty prompt, on above 1. Default: the
+                checkpoint's, `default_guidance_scale` where an image is made, else `default_depth_guidance_scale`.
+            log2_alpha (`float`, *optional*): Trajectory `t_depth = f(t_rgb, 2**log2_alpha)`. Where both are made: above
+                0 RGB resolves first, below 0 depth does; default: the checkpoint's `default_log2_alpha`. Where depth is
+                given: how tightly the image follows it, from -5 (loose) over -8 and -11 to -14 (tight); default:
+                rigidly.
+            num_refinement_steps (`int`, defaults to 0): Steps of an image -> depth pass over a generated image, for
+                sharper depth. Where depth is given in part and the image is made, this pass makes the rest of the
+                depth; 0 stands for `default_depth_steps` there.
+            ensemble_size (`int`, defaults to 1): Samples of depth made from a finished image, to align and take the
+                median of; also gives `depth_uncertainty`.
             num_images_per_prompt (`int`, defaults to 1): Results for each prompt, image or depth map.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Makes the result repeatable; a list
                 has one for each result.
@@ -569,57 +538,83 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         Raises:
             ValueError: the message names the argument, its value and what to give instead.
         """
-        # 1. Check the inputs and settle the task
+        # 1. Inputs, as tensors, and the batch size they ask for
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(
-            prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
+        check_inputs(
+            has_depth=self.has_depth,
+            text_channels=self.transformer.config.joint_attention_dim,
+            callback_tensors=self._callback_tensor_inputs,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+            depth=depth,
+            depth_mask=depth_mask,
+            depth_strength=depth_strength,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            log2_alpha=log2_alpha,
+            num_refinement_steps=num_refinement_steps,
+            ensemble_size=ensemble_size,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            depth_latents=depth_latents,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        check_components(self)
+        image = read_image(image, mask_image, strength)
+        depth = read_depth(depth, depth_mask, depth_strength, self.depth_processor)
+        check_given(
             image,
             depth,
-            depth_mask,
-            height,
-            width,
-            num_inference_steps,
-            sigmas,
-            guidance_scale,
-            log2_alpha,
-            num_refinement_steps,
-            ensemble_size,
-            num_images_per_prompt,
-            generator,
-            latents,
-            depth_latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            ensemble_size=ensemble_size,
+            num_refinement_steps=num_refinement_steps,
+            log2_alpha=log2_alpha,
+            depth_latents=depth_latents,
         )
-        device = self._execution_device
-        self._guidance_scale = guidance_scale if guidance_scale is not None else (4.0 if image is None else 1.0)
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-
-        # 2. Inputs as tensors, and the batch size they ask for
-        given = None
-        if image is not None:
-            given = image = image_to_tensor(image)
-        elif depth is not None:
-            given = depth = self.depth_processor.to_tensor(depth)
         if prompt_embeds is None and (prompt is None or isinstance(prompt, str)):
             prompt = [prompt or ""]
         num_prompts = len(prompt if prompt_embeds is None else prompt_embeds)
-        num_given = 1 if given is None else len(given)
-        if num_prompts != num_given and 1 not in (num_prompts, num_given):
-            raise ValueError(
-                f"{num_prompts} prompts do not go with {num_given} inputs: give as many, or one of either."
-            )
-        batch_size = max(num_prompts, num_given) * num_images_per_prompt
+        batch_size = check_counts(num_prompts, image, depth) * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"{len(generator)} generators do not go with {batch_size} results: give one for each, or one."
             )
-        (height, width), output_size = self.prepare_size(height, width, given.shape[-2:] if given is not None else None)
+        input_size = next((given.size for given in (image, depth) if given is not None), None)
+        (height, width), output_size = self.prepare_size(height, width, input_size)
+        rows, columns = height // self.token_size, width // self.token_size
+        device = self._execution_device
+
+        # 2. What is made, in how many steps
+        makes_image = image is None or not image.is_whole
+        completes_depth = depth is not None and not depth.is_whole and not (makes_image and depth.is_start)
+        passes = 0  # over a finished image, that make its depth
+        if not makes_image or completes_depth or num_refinement_steps:
+            passes = ensemble_size
+        steps, scale = self.config.default_depth_steps, self.config.default_depth_guidance_scale
+        if makes_image:
+            steps, scale = self.config.default_num_inference_steps, self.config.default_guidance_scale
+        self._guidance_scale = scale if guidance_scale is None else guidance_scale
+        if sigmas is None:
+            sigmas = even_levels(num_inference_steps or steps)
+        depth_sigmas = sigmas
+        if makes_image:
+            depth_sigmas = even_levels(num_refinement_steps or self.config.default_depth_steps)
+            sigmas = remaining_levels(sigmas, strength)
+        else:
+            depth_sigmas = remaining_levels(sigmas, depth_strength)
+        self._num_timesteps = len(sigmas) * makes_image + len(depth_sigmas) * passes
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
 
         # 3. Text features; guidance steers away from those of the empty prompt
         prompt_embeds, _ = self.encode_prompt(prompt, device, batch_size // num_prompts, prompt_embeds)
@@ -633,103 +628,88 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         else:
             negative_prompt_embeds = None
 
-        # 4. Noise levels and positions
-        if sigmas is None:
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        refinement_sigmas = sigmas
-        if num_refinement_steps:
-            refinement_sigmas = np.linspace(1.0, 1 / num_refinement_steps, num_refinement_steps)
-        rows, columns = height // self.token_size, width // self.token_size
-        denoise_kwargs = {
-            "latent_ids": position_ids(rows=rows, columns=columns).to(device),
-            "depth_ids": position_ids(time=1, rows=rows, columns=columns).to(device),
-            "generator": generator,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-        }
-        makes_image, estimates_depth = image is None, image is not None or num_refinement_steps > 0
-        self._num_timesteps = len(sigmas) * makes_image + len(refinement_sigmas) * ensemble_size * estimates_depth
-
+        positions = token_positions(rows, columns, device)
+        shape = (batch_size, height, width, device, generator)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            # 5. The RGB stream: made together with depth, made from depth, or the latents of the given image
-            if makes_image:
-                latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
-                scheduler = self.prepare_scheduler(self.scheduler, sigmas, device)
-                depth_scheduler = depth_condition = None
-                if depth is not None:
-                    depth_condition, depth_valid = self.prepare_depth_condition(
-                        depth, depth_mask, batch_size, height, width, device, generator
-                    )
-                if depth is None and log2_alpha is None and self.has_depth:
-                    log2_alpha = self.config.default_log2_alpha
-                if log2_alpha is not None:
-                    depth_latents = self.prepare_depth_latents(
-                        batch_size, height, width, device, generator, depth_latents
-                    )
-                    depth_scheduler = self.prepare_scheduler(
-                        type(self.depth_scheduler).from_config(self.depth_scheduler.config, shift=1.0),
-                        shift_timestep(scheduler.sigmas[:-1].cpu().double(), 2.0**log2_alpha),
-                        device,
-                    )
-                    if depth is not None:
-                        # A hole is the same noise at every level, as in training.
-                        depth_condition = torch.where(depth_valid, depth_condition, depth_latents)
-                else:
-                    depth_latents, depth_condition = depth_condition, None
-                latents, depth_latents = self.denoise(
-                    latents,
-                    depth_latents,
-                    scheduler,
-                    depth_scheduler,
-                    prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    depth_condition=depth_condition,
-                    progress_bar=progress_bar,
-                    **denoise_kwargs,
-                )
-            else:
-                image = resize(image, (height, width)).to(device)
-                latents = image_to_tokens(self.vae, image).repeat_interleave(batch_size // num_given, dim=0)
 
-            # 6. The depth stream of a finished image
+            def on_step(step, timestep, streams, features):
+                if callback_on_step_end is not None:
+                    names = callback_on_step_end_tensor_inputs
+                    self.run_callback(callback_on_step_end, names, step, timestep, streams, features)
+                progress_bar.update()
+
+            # 4. The image, together with its depth or with what is known of it; or the tokens of a given one
+            depth_samples = []
+            if makes_image:
+                noise = self.prepare_latents(*shape, latents)
+                streams = {"image": self.prepare_image_stream(image, noise, height, width, sigmas, device)}
+                if self.has_depth:
+                    if log2_alpha is None and (depth is None or depth.is_start):
+                        log2_alpha = self.config.default_log2_alpha
+                    noise = self.prepare_depth_latents(*shape, depth_latents)
+                    streams["depth"] = self.prepare_depth_beside_image(
+                        depth, noise, streams["image"], height, width, log2_alpha, depth_strength
+                    )
+                self.denoise(streams, positions, prompt_embeds, negative_prompt_embeds, generator, on_step)
+                image_tokens = streams["image"].tokens
+                if self.has_depth and streams["depth"].is_made:
+                    depth_samples = [streams["depth"].tokens]
+            else:
+                image_tokens = self.prepare_image(image.pixels, batch_size, height, width, device)
+
+            # 5. The depth of a finished image: estimated, refined, or completed
             estimates = []
-            if estimates_depth:
-                for _ in range(ensemble_size):
-                    noise = self.prepare_depth_latents(
-                        batch_size, height, width, device, generator, None if makes_image else depth_latents
-                    )
-                    _, depth_sample = self.denoise(
-                        latents,
-                        noise,
-                        None,
-                        self.prepare_scheduler(self.depth_scheduler, refinement_sigmas, device),
-                        prompt_embeds,
-                        # A refinement pass is image -> depth, where guidance is off by default.
-                        negative_prompt_embeds=None if makes_image else negative_prompt_embeds,
-                        progress_bar=progress_bar,
-                        **denoise_kwargs,
-                    )
-                    if self.interrupt and (makes_image or estimates):
-                        break  # what is there already is better than a map half made
-                    estimates.append(depth_sample)
+            for _ in range(passes):
+                noise = self.prepare_depth_latents(*shape, None if makes_image else depth_latents)
+                depth_stream = self.prepare_depth_of_image(
+                    depth if completes_depth else None, noise, height, width, depth_sigmas
+                )
+                streams = {"image": Stream.given(image_tokens, depth_stream.levels), "depth": depth_stream}
+                # Over an image that was made, guidance is off, as it is for image -> depth by default.
+                negative = None if makes_image else negative_prompt_embeds
+                self.denoise(streams, positions, prompt_embeds, negative, generator, on_step)
+                if self.interrupt and (depth_samples or estimates):
+                    break  # what is there already is better than a map half made
+                estimates.append(depth_stream.tokens)
+            depth_samples = estimates or depth_samples
         self._current_timestep = None
 
-        # 7. Back to images and depth maps
+        # 6. Back to images and depth maps
         images, depth_outputs = None, (None, None, None)
-        if makes_image:
-            images = tokens_to_latents(self.vae, latents, rows, columns)
-            if output_type != "latent":
-                images = resize(decode_latents(self.vae, images), output_size)
-                images = self.image_processor.postprocess(images, output_type)
-        if depth is None and self.has_depth:
-            depth_outputs = self.postprocess_depth(
-                estimates or [depth_latents], height, width, output_size, output_type
-            )
+        if makes_image and output_type == "latent":
+            images = tokens_to_latents(self.vae, image_tokens, rows, columns)
+        elif makes_image:
+            images = self.postprocess_image(image_tokens, rows, columns, image, output_size)
+            images = self.image_processor.postprocess(images, output_type)
+        if depth_samples and output_type == "latent":
+            depth_outputs = (self.depth_processor.unpatchify(depth_samples[0], height, width), None, None)
+        elif depth_samples:
+            depth_outputs = self.postprocess_depth(depth_samples, height, width, depth, output_size)
+            if output_type != "pt":
+                depth_outputs = (None if maps is None else maps[:, 0].cpu().numpy() for maps in depth_outputs)
 
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, *depth_outputs)
         return ModalityForcingPipelineOutput(images, *depth_outputs)
+
+
+def token_positions(rows: int, columns: int, device) -> dict[str, torch.Tensor]:
+    """Positions of the tokens of each stream, (1, rows * columns, 4)."""
+    return {
+        "image": position_ids(rows=rows, columns=columns).to(device),
+        "depth": position_ids(time=1, rows=rows, columns=columns).to(device),
+    }
+
+
+def even_levels(steps: int) -> np.ndarray:
+    """Noise levels from 1 in equal steps, without the last, 0."""
+    return np.linspace(1.0, 1 / steps, steps)
+
+
+def remaining_levels(levels, strength: float | None):
+    """The share `strength` of the levels, the last of them; one at least."""
+    return levels if strength is None else levels[int(len(levels) - min(len(levels) * strength, len(levels))) :]
 
 
 def text_position_ids(prompt_embeds: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,381 @@
+"""What a call of the pipeline is given: is it all there, does it go together, which values does it have."""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from .depth_processor import DepthProcessor
+from .image_processor import image_to_tensor
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class GivenImage:
+    """
+    Args:
+        pixels (`torch.Tensor` of shape (B, 3, H, W)): in [0, 1].
+        hidden (`torch.Tensor` of shape (B or 1, 1, H, W), *optional*): in [0, 1], 1 where the image is made anew;
+            `None`: nowhere.
+        is_start: Whether the image is only what sampling starts from (`strength`).
+    """
+
+    pixels: torch.Tensor
+    hidden: torch.Tensor | None = None
+    is_start: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.pixels.shape[-2:])
+
+    @property
+    def is_whole(self) -> bool:
+        return self.hidden is None and not self.is_start
+
+    @property
+    def without_hidden(self) -> torch.Tensor:
+        """The pixels, where they are hidden the mean of the others, so that nothing of what is hidden shows through."""
+        hidden = (self.hidden >= 0.5).expand(len(self.pixels), -1, -1, -1)
+        shown = (~hidden).float()
+        mean = (self.pixels * shown).sum(dim=(2, 3), keepdim=True) / shown.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        return torch.where(hidden, mean, self.pixels)
+
+
+@dataclass
+class GivenDepth:
+    """
+    Args:
+        depth (`torch.Tensor` of shape (B, 1, H, W)): in any positive unit, NaN where missing.
+        valid (`torch.Tensor` of shape (B, 1, H, W)): bool, where depth is known.
+        is_start: Whether the depth is only what sampling starts from (`depth_strength`).
+    """
+
+    depth: torch.Tensor
+    valid: torch.Tensor
+    is_start: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.depth.shape[-2:])
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.valid.all()) and not self.is_start
+
+
+def read_image(image, mask_image=None, strength: float | None = None) -> GivenImage | None:
+    """The `image`, `mask_image` and `strength` of a call as tensors; `None` where there is no image."""
+    if image is None:
+        return None
+    pixels = image_to_tensor(image)
+    hidden = None if mask_image is None else mask_to_tensor(mask_image)
+    if hidden is not None:
+        if hidden.shape[-2:] != pixels.shape[-2:] or len(hidden) not in (1, len(pixels)):
+            raise ValueError(
+                f"`mask_image` has shape {tuple(hidden.shape)}, but `image` has {tuple(pixels.shape)}: give a mask of "
+                "the size of the image, one for all images or one for each."
+            )
+        if not (hidden >= 0.5).flatten(1).any(dim=1).all():
+            raise ValueError("`mask_image` hides nothing: white (1) says where the image is made anew.")
+    return GivenImage(pixels, hidden, is_start=strength is not None)
+
+
+def read_depth(
+    depth, depth_mask, depth_strength: float | None, depth_processor: DepthProcessor | None
+) -> GivenDepth | None:
+    """The `depth`, `depth_mask` and `depth_strength` of a call as tensors; `None` where there is no depth."""
+    if depth is None:
+        return None
+    depth = depth_processor.to_tensor(depth)
+    mask = None if depth_mask is None else depth_processor.mask_to_tensor(depth_mask)
+    if mask is not None and (mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth))):
+        raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
+    _, valid, _ = depth_processor.normalize(depth, mask)
+    empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. Give "
+            "a depth map with values, or leave `depth` out."
+        )
+    return GivenDepth(torch.where(valid, depth, torch.nan), valid, is_start=depth_strength is not None)
+
+
+def mask_to_tensor(mask) -> torch.Tensor:
+    """
+    Args:
+        mask: a mask or a batch of masks, white where something is made anew. `PIL.Image.Image`; `np.ndarray` or
+            `torch.Tensor` of shape (H, W), (B, H, W), (B, 1, H, W) or (1, H, W), bool, uint8 or floats in [0, 1]; or
+            a list of these, all of one size.
+
+    Returns:
+        `torch.Tensor` of shape (B, 1, H, W), float32 in [0, 1].
+
+    Raises:
+        ValueError: a shape, kind or range that is not in the list.
+    """
+    if isinstance(mask, (list, tuple)) and mask:
+        masks = [mask_to_tensor(one) for one in mask]
+        if len({one.shape[-2:] for one in masks}) == 1:
+            return torch.cat(masks)
+    if isinstance(mask, PIL.Image.Image):
+        mask = np.array(mask.convert("L"))
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "buf":
+        mask = torch.from_numpy(np.ascontiguousarray(mask))
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"`mask_image` must be a PIL image, an array, a tensor or a list of these of one size, got {type(mask)}."
+        )
+    values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
+    if values.ndim == 4 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim == 2:
+        values = values[None]
+    if values.ndim != 3 or values.numel() == 0 or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(
+            f"`mask_image` must have shape (H, W), (B, H, W) or (B, 1, H, W) and values in [0, 1], got "
+            f"{tuple(mask.shape)} from {values.min():g} to {values.max():g}."
+            if values.numel()
+            else f"`mask_image` has no pixel: {tuple(mask.shape)}."
+        )
+    return values[:, None]
+
+
+def check_inputs(
+    *,
+    has_depth: bool,
+    text_channels: int,
+    callback_tensors: list[str],
+    prompt,
+    prompt_embeds,
+    negative_prompt_embeds,
+    image,
+    mask_image,
+    strength,
+    depth,
+    depth_mask,
+    depth_strength,
+    height,
+    width,
+    num_inference_steps,
+    sigmas,
+    guidance_scale,
+    log2_alpha,
+    num_refinement_steps,
+    ensemble_size,
+    num_images_per_prompt,
+    generator,
+    latents,
+    depth_latents,
+    output_type,
+    callback_on_step_end_tensor_inputs,
+) -> None:
+    """Raises ValueError for the first argument of a call that is wrong or does not go with another.
+
+    Args:
+        has_depth: Whether the transformer has depth.
+        text_channels: Width of its text features.
+        callback_tensors: Names that a callback may ask for.
+        The rest: as in `ModalityForcingPipeline.__call__`.
+    """
+    is_image_whole = image is not None and mask_image is None and strength is None
+    if not has_depth:
+        _check_text_to_image(
+            image=image if is_image_whole else None,
+            depth=depth,
+            log2_alpha=log2_alpha,
+            num_refinement_steps=num_refinement_steps or None,
+            depth_latents=depth_latents,
+        )
+    for name, owner, other in (
+        ("mask_image", "image", mask_image if image is None else None),
+        ("strength", "image", strength if image is None else None),
+        ("depth_mask", "depth", depth_mask if depth is None else None),
+        ("depth_strength", "depth", depth_strength if depth is None else None),
+    ):
+        if other is not None:
+            raise ValueError(f"`{name}` is about `{owner}`: give both.")
+    _check_prompt(prompt, prompt_embeds, is_needed=not is_image_whole)
+    if ensemble_size != 1:
+        _check_ensemble(
+            image_or_pass=is_image_whole or num_refinement_steps or depth is not None,
+            depth_latents=depth_latents,
+            output_type=output_type,
+        )
+    if is_image_whole:
+        for name, value, why in (
+            ("log2_alpha", log2_alpha, "couples the noise levels of two modalities"),
+            ("latents", latents, "is the noise of a new image"),
+            ("num_refinement_steps", num_refinement_steps or None, "refines the depth of a new image"),
+        ):
+            if value is not None:
+                raise ValueError(f"`{name}` {why}, but the image is given: leave it out.")
+    _check_numbers(
+        least={
+            "num_inference_steps": (num_inference_steps, 1),
+            "num_refinement_steps": (num_refinement_steps, 0),
+            "ensemble_size": (ensemble_size, 1),
+            "num_images_per_prompt": (num_images_per_prompt, 1),
+            "height": (height, 1),
+            "width": (width, 1),
+        },
+        between={
+            "guidance_scale": (guidance_scale, 0, math.inf),
+            "log2_alpha": (log2_alpha, -30, 30),
+            "strength": (strength, 0, 1),
+            "depth_strength": (depth_strength, 0, 1),
+        },
+    )
+    for name, value in (("strength", strength), ("depth_strength", depth_strength)):
+        if value == 0:
+            raise ValueError(f"`{name}` 0 leaves everything as it is: give more, up to 1.")
+    _check_sigmas(sigmas)
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
+    _check_text_features(text_channels, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds)
+    for name, value in (("latents", latents), ("depth_latents", depth_latents)):
+        if value is not None and not (isinstance(value, torch.Tensor) and torch.isfinite(value).all()):
+            raise ValueError(f"`{name}` must be a tensor of finite values.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+    unknown = set(callback_on_step_end_tensor_inputs) - set(callback_tensors)
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}; known are {callback_tensors}.")
+
+
+def check_given(
+    image: GivenImage | None,
+    depth: GivenDepth | None,
+    *,
+    ensemble_size: int,
+    num_refinement_steps: int,
+    log2_alpha: float | None,
+    depth_latents: torch.Tensor | None,
+) -> None:
+    """Raises ValueError where nothing is left to make, or an argument is about what is given whole."""
+    if depth is None:
+        return
+    if image is not None and image.is_whole and depth.is_whole:
+        raise ValueError(
+            "Both `image` and `depth` were given whole, so nothing is left to make: leave one of them out, or say what "
+            "is to be made anew by `mask_image`, `strength`, `depth_mask` or `depth_strength`."
+        )
+    if depth.is_whole:
+        for name, value, why in (
+            ("num_refinement_steps", num_refinement_steps or None, "refines depth that is made"),
+            ("ensemble_size", None if ensemble_size == 1 else ensemble_size, "is about depth that is made"),
+            ("depth_latents", depth_latents if log2_alpha is None else None, "is the noise of a new depth map"),
+        ):
+            if value is not None:
+                raise ValueError(f"`{name}` {why}, but the depth is given: leave it out.")
+
+
+def check_counts(num_prompts: int, image: GivenImage | None, depth: GivenDepth | None) -> int:
+    """How many results a call has before `num_images_per_prompt`.
+
+    Raises ValueError where prompts, images and depth maps are neither as many, nor one for all.
+    """
+    counts = {"prompts": num_prompts}
+    if image is not None:
+        counts["images"] = len(image.pixels)
+    if depth is not None:
+        counts["depth maps"] = len(depth.depth)
+    most = max(counts.values())
+    if set(counts.values()) - {1, most}:
+        said = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"These do not go together: {said}. Give as many of each, or one for all.")
+    if image is not None and depth is not None and image.size != depth.size:
+        raise ValueError(
+            f"`image` is {image.size} and `depth` {depth.size} (H, W): give them at one size, pixel over pixel."
+        )
+    return most
+
+
+def check_components(pipe) -> None:
+    """Raises ValueError where the components of a pipeline do not fit one another."""
+    schedulers = [pipe.scheduler]
+    if pipe.has_depth:
+        schedulers.append(pipe.depth_scheduler)
+        patch_size = pipe.depth_processor.config.patch_size
+        channels = pipe.transformer.config.depth_channels
+        if not (patch_size == pipe.token_size and patch_size**2 == channels):
+            raise ValueError(
+                f"A depth token must cover the pixels of an image token, but the depth processor's patches are "
+                f"{patch_size} pixels wide, the VAE's tokens {pipe.token_size}, and the transformer takes "
+                f"{channels} values for each: graft with depth_channels = patch_size**2."
+            )
+    for scheduler in schedulers:
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
+            raise ValueError(
+                f"This pipeline takes Euler steps of a static shift, but a scheduler is {scheduler}: give "
+                "FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1))."
+            )
+    if pipe.transformer.config.get("guidance_embeds"):
+        raise ValueError("A guidance-distilled transformer (guidance_embeds) is not supported: take a base model.")
+    if pipe.transformer.dtype == torch.float16:
+        raise ValueError("The transformer overflows in float16: load it with dtype=torch.bfloat16 or torch.float32.")
+
+
+def _check_text_to_image(**about_depth):
+    for name, value in about_depth.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is about depth, but this transformer is a text-to-image base: leave it out, or take a model "
+                "with depth (ModalityForcingPipeline.from_base starts one)."
+            )
+
+
+def _check_prompt(prompt, prompt_embeds, is_needed):
+    if prompt is not None and prompt_embeds is not None:
+        raise ValueError("Give `prompt` or `prompt_embeds`, not both.")
+    if prompt is None and prompt_embeds is None and is_needed:
+        raise ValueError("Give a `prompt` (or `prompt_embeds`); only an image that is given whole does without one.")
+    if prompt is not None and not (
+        isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+    ):
+        raise ValueError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+
+
+def _check_ensemble(image_or_pass, depth_latents, output_type):
+    if not image_or_pass:
+        raise ValueError("`ensemble_size` needs depth made from an image: give `image`, or `num_refinement_steps`.")
+    if output_type == "latent":
+        raise ValueError("An ensemble is a median of depth maps: take the `output_type` 'pt' in place of 'latent'.")
+    if depth_latents is not None:
+        raise ValueError("`depth_latents` is the noise of one sample, so it cannot start an ensemble.")
+
+
+def _check_numbers(least, between):
+    for name, (value, low) in least.items():
+        is_default = value is None and name in ("height", "width", "num_inference_steps")
+        if not is_default and (not isinstance(value, Integral) or isinstance(value, bool) or value < low):
+            raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}.")
+    for name, (value, low, high) in between.items():
+        if value is not None and not (isinstance(value, Real) and low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"`{name}` must be a number from {low} to {high}, got {value!r}.")
+
+
+def _check_sigmas(sigmas):
+    if sigmas is None:
+        return
+    levels = np.asarray(sigmas, dtype=np.float64)
+    is_falling = levels.ndim == 1 and len(levels) and levels[0] <= 1 and levels[-1] > 0 and (np.diff(levels) < 0).all()
+    if not is_falling:
+        raise ValueError(f"`sigmas` must fall from at most 1 to above 0, got {sigmas!r}.")
+
+
+def _check_text_features(channels, **features):
+    for name, value in features.items():
+        if value is None:
+            continue
+        if not (isinstance(value, torch.Tensor) and value.ndim == 3 and len(value) and value.shape[2] == channels):
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
+            raise ValueError(f"`{name}` must be a tensor of shape (B, L, {channels}), got {got}.")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"`{name}` must be a tensor of finite values.")
