@@ -34,12 +34,12 @@ from mf_diffusers.datasets.folder import (
     DepthFormat,
     captions_of,
     fit_depth,
+    read_pair,
     read_rows,
-    upright_size,
 )
-from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_image
+from mf_diffusers.depth_io import DEPTH_SUFFIXES
 from mf_diffusers.modality_forcing.image_processor import image_to_tensor
-from mf_diffusers.pictures import as_rgb
+from mf_diffusers.pictures import read_oriented, upright_size
 
 
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -124,12 +124,10 @@ class ReadReport:
 
 
 def make_sample(image: Image.Image, depth: np.ndarray | None, caption: str, key: str) -> dict:
-    """A sample from a picture and its depth (h, w), which is brought to the size of the picture; None for no depth.
-
-    Raises ValueError if their aspect ratios differ: then the depth is not that of the picture.
-    """
-    size = image.height, image.width
-    depth = torch.from_numpy(np.zeros(size, dtype=np.float32) if depth is None else fit_depth(depth, size, key))[None]
+    """A sample from a picture and its depth (H, W), None for no depth."""
+    if depth is None:
+        depth = np.zeros((image.height, image.width), dtype=np.float32)
+    depth = torch.from_numpy(np.ascontiguousarray(depth))[None]
     return {"image": image_to_tensor(image)[0], "depth": depth, "caption": caption, "key": key}
 
 
@@ -269,9 +267,8 @@ class FolderSource(Source):
     def __getitem__(self, index):
         number = self._row(index)
         row = self.rows[number]
-        depth = row.depth_format.read(self.folder / row.depth) if row.depth else None
         caption, key = self._draw_caption(row.captions, index), f"{self.folder.name}:{number:05d}"
-        return make_sample(read_image(self.folder / row.image), depth, caption, key)
+        return make_sample(*read_pair(self.folder, row, key), caption, key)
 
 
 def is_local(shard: str) -> bool:
@@ -365,6 +362,7 @@ class WebDatasetSource(Source):
             raise ValueError(f"no picture ({', '.join(SHARD_IMAGES)}) among {sorted(raw)}")
         entry = json.loads(raw.get("json", "{}"))
         captions = captions_of(raw["txt"].decode() if "txt" in raw else entry.get("text"))
+        picture, orientation = read_oriented(io.BytesIO(image))
         depth = None
         suffix = next((suffix for suffix in DEPTH_SUFFIXES if f"depth{suffix}" in raw), None)
         if suffix is not None:
@@ -372,8 +370,8 @@ class WebDatasetSource(Source):
                 file.write(raw[f"depth{suffix}"])
                 file.flush()
                 depth = DepthFormat.from_metadata(entry).read(file.name)
-        with Image.open(io.BytesIO(image)) as picture:
-            return make_sample(as_rgb(picture), depth, self._draw_caption(captions, index), key)
+            depth = fit_depth(depth, (picture.height, picture.width), key, orientation)
+        return make_sample(picture, depth, self._draw_caption(captions, index), key)
 
 
 class MixtureSource(Source):

@@ -19,10 +19,11 @@ from rich.table import Table
 
 import mf_diffusers
 from mf_diffusers.checkpoints import load_pipeline
-from mf_diffusers.depth_io import read_depth, read_image
+from mf_diffusers.depth_io import read_depth
 from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.files import temporary_folder
+from mf_diffusers.pictures import read_image
 from mf_diffusers.results import METADATA, place_result, write_result
 from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
 

@@ -1,4 +1,4 @@
-"""Images and depth maps on disk.
+"""Depth maps on disk.
 
 A depth map in memory is a float32 array (H, W) in which 0 means "no depth here".
 """
@@ -14,11 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mf_diffusers.files import atomic_write
-from mf_diffusers.pictures import as_rgb
 
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Image files to look for in a folder; `read_image` itself goes by content and opens all that Pillow knows."""
 
 DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".exr", ".tif", ".tiff", ".pfm")
 """What `read_depth` reads."""
@@ -30,19 +26,6 @@ EXR_DEPTH_CHANNELS = ("Z", "Y", "depth", "R")
 PNG_SCALE_KEY = "depth_scale"
 PNG_LEVELS = 65535
 COLOURED = "a coloured depth picture carries no depth values; give the raw depth it was made from"
-
-
-def read_image(path):
-    """Read a picture of any mode as an upright 8-bit RGB `PIL.Image` (see `as_rgb`).
-
-    Raises FileNotFoundError when there is no such file, ValueError when Pillow cannot read it.
-    """
-    path = _existing_file(path)
-    try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except Exception as error:  # decoders meet damaged files with errors of many types
-        raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
 
 
 def read_depth(path, scale=None, invalid=None, key=None, infinite=None):

@@ -11,11 +11,9 @@ from mf_diffusers.depth_io import (
     DEPTH_WRITE_SUFFIXES,
     as_depth_map,
     read_depth,
-    read_image,
     write_depth,
 )
 from mf_diffusers.files import atomic_write
-from mf_diffusers.pictures import as_rgb
 
 
 DEPTH = np.array([[0.5, 1.25, 0], [3, 7.75, 2.5]], dtype=np.float32)
@@ -38,89 +36,6 @@ def save_png(path, array, **notes):
     for key, text in notes.items():
         info.add_text(key, text)
     Image.fromarray(array).save(path, pnginfo=info)
-
-
-# Images
-
-
-def test_read_image_applies_exif_rotation(tmp_path):
-    picture = Image.new("RGB", (4, 2), "red")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    picture.save(tmp_path / "a.png", exif=exif)
-    assert read_image(tmp_path / "a.png").size == (2, 4)
-
-
-def palette_with_transparency():
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([0, 0, 0, 200, 100, 50])
-    picture.putdata([0, 1])
-    picture.info["transparency"] = 0
-    return picture
-
-
-@pytest.mark.parametrize(
-    "picture, expected",
-    [
-        (Image.new("RGB", (1, 1), (1, 2, 3)), [(1, 2, 3)]),
-        (Image.new("RGBA", (1, 1), (255, 0, 0, 0)), [(255, 255, 255)]),
-        (Image.new("RGBA", (1, 1), (0, 0, 0, 51)), [(204, 204, 204)]),
-        (Image.new("LA", (1, 1), (0, 0)), [(255, 255, 255)]),
-        (Image.new("L", (1, 1), 7), [(7, 7, 7)]),
-        (Image.new("1", (1, 1), 1), [(255, 255, 255)]),
-        (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [(255, 0, 0)]),
-        (palette_with_transparency(), [(255, 255, 255), (200, 100, 50)]),
-        (Image.fromarray(LEVELS), [(v, v, v) for v in (0, 0, 1, 4, 156, 255)]),
-        (Image.fromarray(LEVELS.astype(np.int32)), [(v, v, v) for v in (0, 0, 1, 4, 156, 255)]),
-    ],
-    ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
-)
-def test_as_rgb(picture, expected):
-    rgb = as_rgb(picture)
-    assert rgb.mode == "RGB"
-    assert np.array_equal(np.asarray(rgb).reshape(-1, 3), expected)
-
-
-@pytest.mark.parametrize(
-    "picture, message",
-    [
-        (Image.fromarray(DEPTH), "no known range"),
-        (Image.fromarray(np.array([[70000]], dtype=np.int32)), "70000.*do not fit 16 bits"),
-        (Image.fromarray(np.array([[-1]], dtype=np.int32)), "-1.*do not fit 16 bits"),
-    ],
-)
-def test_as_rgb_rejects(picture, message):
-    with pytest.raises(ValueError, match=message):
-        as_rgb(picture)
-
-
-@pytest.mark.parametrize("name", ["rgba.png", "palette.png", "gray16.png", "cmyk.jpg"])
-def test_read_image_of_every_mode(tmp_path, name):
-    picture = {
-        "rgba.png": Image.new("RGBA", (3, 2), (0, 0, 0, 0)),
-        "palette.png": palette_with_transparency(),
-        "gray16.png": Image.fromarray(np.full((2, 3), 65535, dtype=np.uint16)),
-        "cmyk.jpg": Image.new("CMYK", (3, 2), (0, 0, 0, 0)),
-    }[name]
-    picture.save(tmp_path / name)
-    image = read_image(tmp_path / name)
-    assert (image.mode, image.size) == ("RGB", picture.size)
-    assert image.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_read_image_names_the_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
-        read_image(tmp_path / "nothing.png")
-
-
-@pytest.mark.parametrize("damage", ["garbage", "empty", "truncated"])
-def test_read_image_names_the_damaged_file(tmp_path, damage):
-    path = tmp_path / "damaged.png"
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    path.write_bytes({"garbage": b"garbage", "empty": b"", "truncated": path.read_bytes()[:500]}[damage])
-    with pytest.raises(ValueError, match=r"damaged\.png: cannot be read as a picture: ."):
-        read_image(path)
 
 
 # Depth: reading

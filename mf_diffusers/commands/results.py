@@ -7,7 +7,8 @@ import numpy as np
 import typer
 
 from mf_diffusers.commands.options import Options, option, shares_options
-from mf_diffusers.depth_io import DEPTH_SUFFIXES, IMAGE_SUFFIXES, as_depth_map, read_depth, read_image
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, as_depth_map, read_depth
+from mf_diffusers.pictures import IMAGE_SUFFIXES, read_image
 
 
 @shares_options

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mf_diffusers.depth_io import read_depth, read_image
+from mf_diffusers.depth_io import read_depth
+from mf_diffusers.pictures import read_image
 
 from .dataset import Dataset, read_rgb
 from .frame import Frame
@@ -109,8 +110,7 @@ class ETH3D(Dataset):
 
     def _read(self, name):
         scene, number = name.rsplit("/", 1)
-        with Image.open(self.root / scene / "images" / "dslr_images" / f"{number}.JPG") as stored:
-            image = np.asarray(stored.convert("RGB"))  # not turned upright by EXIF: the depth lies as the sensor does
+        image = read_rgb(self.root / scene / "images" / "dslr_images" / f"{number}.JPG")
         if scene.startswith("rgb/"):
             scene = f"depth/{scene[4:]}_dslr_depth/{scene[4:]}"
         truth = self.root / scene / "ground_truth_depth" / "dslr_images" / f"{number}.JPG"
@@ -143,7 +143,7 @@ class ScanNet800(Dataset):
     def _read(self, name):
         picture, truth = (self.root / path for path in self._paths[name])
         depth = read_depth(truth, scale=1 / 1000)
-        image = read_image(picture).resize(depth.shape[::-1], Image.Resampling.LANCZOS)
+        image = read_image(picture, upright=False).resize(depth.shape[::-1], Image.Resampling.LANCZOS)
         camera = picture.parents[1] / "intrinsic" / "intrinsic_depth.txt"
         intrinsics = np.loadtxt(camera, dtype=np.float32)[:3, :3] if camera.is_file() else None
         return Frame(name, np.asarray(image), depth, intrinsics)

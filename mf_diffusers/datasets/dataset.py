@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mf_diffusers.depth_io import read_image
+from mf_diffusers.pictures import read_image
 
 
 class Dataset:
@@ -86,8 +86,8 @@ class Dataset:
 
 
 def read_rgb(path):
-    """The picture at `path` as uint8 (H, W, 3)."""
-    return np.asarray(read_image(path))
+    """The picture at `path` as uint8 (H, W, 3), sRGB, as the sensor lay when it was taken: so does its depth."""
+    return np.asarray(read_image(path, upright=False))
 
 
 def pinhole(fx, fy, cx, cy):

@@ -12,6 +12,7 @@ depth is 1 / disparity, z-depth up to a factor, and there are no intrinsics.
 """
 
 import numpy as np
+from PIL import Image
 
 from .dataset import Dataset, read_rgb
 from .frame import Frame
@@ -29,6 +30,7 @@ class FoundationStereo(Dataset):
 
     def _read(self, name):
         side, number = (self.root / name).parent, name.split("/")[-1]
-        stored = read_rgb(side / "disparity" / f"{number}.png").astype(np.int64) @ [255 * 255, 255, 1]
+        with Image.open(side / "disparity" / f"{number}.png") as digits:  # no colours, so no profile applies
+            stored = np.asarray(digits.convert("RGB")).astype(np.int64) @ [255 * 255, 255, 1]
         depth = np.divide(1000, stored, out=np.zeros(stored.shape), where=stored > 0)
         return Frame(name, read_rgb(side / "rgb" / f"{number}.jpg"), depth.astype(np.float32))
