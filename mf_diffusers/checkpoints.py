@@ -1,90 +1,104 @@
 """Checkpoints: what one is, opening one as a pipeline, and turning one layout into the other."""
 
-import json
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
-from huggingface_hub import HfFileSystem, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+from diffusers import Flux2KleinPipeline
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
+from mf_diffusers.checkpoint_files import CheckpointFiles
 from mf_diffusers.files import save_whole
-from mf_diffusers.modality_forcing.conversion import convert_published_transformer
-from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU, TEXT_ENCODERS
+from mf_diffusers.hub import repository_folder
+from mf_diffusers.modality_forcing.inputs import check_components
+from mf_diffusers.modality_forcing.loaders import PUBLISHED_FILES, PUBLISHED_SHIFT_MU, TEXT_ENCODERS
+from mf_diffusers.modality_forcing.model_files import read_model
+from mf_diffusers.modality_forcing.pipeline_files import (
+    MODELS,
+    Part,
+    check_text_encoder,
+    read_klein,
+    read_pipeline,
+    read_published,
+)
 
 
-# Names of dtypes in the headers of safetensors files; others are counted, not computed with.
-SAFETENSORS_DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "I64": "int64",
-}
+TEXT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+PIPELINE_FILES = ["model_index.json", *(f"*/{pattern}" for pattern in TEXT_FILES), *PUBLISHED_FILES]
 
 
-def load_pipeline(model, device, dtype, text_encoder=None, lora=None, offload="none", offline=False):
+@dataclass
+class Checkpoint:
+    """
+    Args:
+        kind: "diffusers pipeline", "diffusers transformer" or "published layout".
+        parts: by name; see [`Part`].
+        facts: beyond the parts, by name.
+    """
+
+    kind: str
+    parts: dict[str, Part]
+    facts: dict[str, Any]
+
+
+def load_pipeline(
+    model,
+    device,
+    dtype,
+    text_encoder=None,
+    lora=None,
+    offload="none",
+    offline=False,
+    adapter=None,
+    lora_weight=1.0,
+):
     """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run.
 
     Args:
-        model: folder or Hub id.
+        model: folder or Hub id; with `adapter` also its base, FLUX.2 [klein].
         device, dtype: where it runs, and in which type.
         text_encoder: folder or Hub id. None: the model's own, or the one that fits.
         lora: file, folder or Hub id.
         offload: "none", "model" (one component at a time on the device) or "group" (one layer at a time).
         offline: ask no server.
+        adapter: file that training in "lora" mode wrote; it is merged.
+        lora_weight: of `lora`.
 
-    Raises FileNotFoundError when there is no such model, ValueError when it is none of ours.
+    Raises FileNotFoundError when there is no such model or a file of it is missing; ValueError when it is none of ours,
+    damaged, or its parts do not fit: this is found out before memory is taken.
     """
     hub = {"local_files_only": offline}
-    index = Path(model, "model_index.json")
-    if not Path(model).is_dir():
-        if Path(model).exists():
-            raise ValueError(f"model={model} is a file: give the folder that holds it and the autoencoder.")
-        try:
-            index = Path(hf_hub_download(model, "model_index.json", **hub))
-        except errors.RemoteEntryNotFoundError:
-            pass  # a repository in the published layout
-        except errors.GatedRepoError as error:
-            raise PermissionError(
-                f"model={model} is gated: accept its terms on the Hub and log in ({error})"
-            ) from error
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise FileNotFoundError(f"model={model}: no such folder, nor such a repository on the Hub") from error
-        except errors.LocalEntryNotFoundError as error:
-            if not isinstance(try_to_load_from_cache(model, "model.safetensors"), str):
-                raise FileNotFoundError(
-                    f"model={model}: no such folder, and no copy of a repository of that name; the Hub is not reached"
-                ) from error
-    elif not index.is_file() and not Path(model, "model.safetensors").is_file():
+    if Path(model).is_file():
+        raise ValueError(f"model={model} is a file: give the folder that holds it and the autoencoder.")
+    folder = repository_folder(model, PIPELINE_FILES, **hub)
+    files = CheckpointFiles(folder)
+    if "model_index.json" in files:
+        own_text = text_encoder is None
+        if adapter and files.read_json("model_index.json").get("_class_name") == Flux2KleinPipeline.__name__:
+            pipe, adapter = _open_klein(files, dtype, own_text, adapter), None
+        else:
+            pipe = _open_diffusers(files, dtype, own_text)
+    elif "model.safetensors" in files:
+        if "vae" not in read_published(files):
+            raise FileNotFoundError(f"model={model} has no autoencoder: ae_encoder.safetensors is missing.")
+        pipe = ModalityForcingPipeline.from_published(folder, text_encoder=None, dtype=dtype)
+    else:
         raise FileNotFoundError(
             f"model={model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
             "layout)."
         )
-
-    if not index.is_file():
-        pipe = ModalityForcingPipeline.from_published(model, text_encoder=text_encoder or "auto", dtype=dtype, **hub)
-    else:
-        name = json.loads(index.read_text())["_class_name"]
-        if name != ModalityForcingPipeline.__name__:
-            raise ValueError(f"model={model} is a {name}; a {ModalityForcingPipeline.__name__} is needed.")
-        absent = {"text_encoder": None, "tokenizer": None} if text_encoder else {}
-        pipe = ModalityForcingPipeline.from_pretrained(model, dtype=dtype, **absent, **hub)
-        if not pipe.has_depth:
-            raise ValueError(f"model={model} is a text-to-image base without depth: post-train it (finetune/).")
-        if pipe.text_encoder is None:
-            text_encoder = text_encoder or TEXT_ENCODERS.get(pipe.transformer.config.joint_attention_dim)
-            if text_encoder is None:
-                raise ValueError(f"model={model} has no text encoder, and none is known to fit: give `text_encoder`.")
-            pipe.register_modules(
-                text_encoder=Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub),
-                tokenizer=AutoTokenizer.from_pretrained(text_encoder, **hub),
-            )
+    if pipe.text_encoder is None:
+        _add_text_encoder(pipe, text_encoder, dtype, hub)
+    check_components(pipe)
+    if adapter:
+        pipe.load_adapter(adapter, merge=True)
     if lora:
-        pipe.load_lora_weights(lora, **hub)
+        pipe.load_lora_weights(lora, adapter_name="lora", **hub)
+        pipe.set_adapters("lora", lora_weight)
     if offload == "none":
         return pipe.to(device)
     if offload == "model":
@@ -92,6 +106,54 @@ def load_pipeline(model, device, dtype, text_encoder=None, lora=None, offload="n
     else:
         pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=device.startswith("cuda"))
     return pipe
+
+
+def _open_diffusers(files, dtype, own_text):
+    absent = {} if own_text else {"text_encoder": None, "tokenizer": None}
+    parts = read_pipeline(files, ModalityForcingPipeline, besides=tuple(absent))
+    if parts["transformer"].config["depth_channels"] is None:
+        raise ValueError(f"{files.name} is a text-to-image base without depth: post-train it (finetune/).")
+    if "text_encoder" not in parts:
+        absent = {"text_encoder": None, "tokenizer": None}
+    else:
+        absent["tokenizer"] = _open_tokenizer(parts["tokenizer"].cls, f"{files.name}/tokenizer", parts["text_encoder"])
+    return ModalityForcingPipeline.from_pretrained(files.name, dtype=dtype, use_safetensors=True, **absent)
+
+
+def _open_klein(files, dtype, own_text, adapter):
+    """FLUX.2 [klein] with the adapter that training made on it."""
+    absent = {} if own_text else {"text_encoder": None, "tokenizer": None}
+    read_klein(files, besides=tuple(absent))
+    base = Flux2KleinPipeline.from_pretrained(files.name, dtype=dtype, use_safetensors=True, **absent)
+    return ModalityForcingPipeline.from_base(base, adapter=adapter)
+
+
+def _add_text_encoder(pipe, name, dtype, hub):
+    width = pipe.transformer.config.joint_attention_dim
+    name = name or TEXT_ENCODERS.get(width)
+    if name is None:
+        raise ValueError("The model has no text encoder, and none is known to fit: give `text_encoder`.")
+    folder = repository_folder(name, TEXT_FILES, **hub)
+    config, weights = read_model(CheckpointFiles(folder), "", Qwen3ForCausalLM)
+    part = Part(Qwen3ForCausalLM, config, weights)
+    check_text_encoder(part, pipe.config.text_encoder_out_layers, width, name)
+    pipe.register_modules(
+        tokenizer=_open_tokenizer(AutoTokenizer, folder, part),
+        text_encoder=Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True),
+    )
+
+
+def _open_tokenizer(cls, folder, text_encoder):
+    try:
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers of transformers raise Exception itself
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
+    if len(tokenizer) > text_encoder.config["vocab_size"]:
+        raise ValueError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens, but the text encoder knows "
+            f"{text_encoder.config['vocab_size']}: they do not belong together."
+        )
+    return tokenizer
 
 
 def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", overwrite=False, offline=False):
@@ -107,10 +169,14 @@ def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", ove
 
     Returns what was written, and the number of the transformer's parameters.
 
-    Raises ValueError when `src` has that layout already, FileExistsError when `dst` is there and not to be replaced.
+    Raises ValueError when `src` has that layout already, or its family has no other; FileExistsError when `dst` is
+    there and not to be replaced.
     """
-    kind, _, parts, _ = read_checkpoint(src, offline)
+    checkpoint = read_checkpoint(src, offline)
+    kind, transformer = checkpoint.kind, checkpoint.parts["transformer"]
     to_file = dst.suffix == ".safetensors"
+    if transformer.cls is not ModalityForcingFlux2Transformer2DModel:
+        raise ValueError(f"{src} is a {transformer.cls.__name__}: the from-scratch family has no published layout.")
     if not to_file and kind != "published layout":
         raise ValueError(f"{src} is a diffusers folder already: give a `dst` that ends in .safetensors.")
     if dst.exists():
@@ -119,10 +185,10 @@ def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", ove
             raise FileExistsError(
                 f"{dst} exists: choose another name, or replace an earlier conversion by overwrite=True."
             )
-    stored = Counter(tensor.dtype for tensor in parts["transformer"].values()).most_common(1)[0][0]
+    stored = Counter(tensor.dtype for tensor in transformer.weights.values()).most_common(1)[0][0]
     torch_dtype = stored if dtype == "auto" else getattr(torch, dtype)
     what = "transformer"
-    if not to_file and "vae" in parts:
+    if not to_file and "vae" in checkpoint.parts:
         what = "pipeline" if text_encoder else "pipeline without a text encoder"
         result = ModalityForcingPipeline.from_published(
             src, text_encoder=text_encoder, dtype=torch_dtype, local_files_only=offline
@@ -140,56 +206,32 @@ def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", ove
         result.save_published(dst, prefix=prefix)
     else:
         save_whole(result, dst)
-    return what, sum(tensor.numel() for tensor in parts["transformer"].values())
+    return what, sum(tensor.numel() for tensor in transformer.weights.values())
 
 
-def read_checkpoint(model, offline):
+def read_checkpoint(model: str | Path, offline: bool) -> Checkpoint:
     """What a checkpoint is, from its configs and the headers of its safetensors files, here or on the Hub.
 
-    Returns its kind; the transformer's config; the weights of each part as tensors without memory, the transformer's
-    under diffusers' names; and facts beyond.
+    Raises FileNotFoundError when there is no such checkpoint or a file of it is missing; ValueError when it is none of
+    ours, or damaged, or its configs, weights and parts do not fit.
     """
-    root, system = model, LocalFileSystem()
-    if not Path(root).exists():
-        if offline or constants.HF_HUB_OFFLINE:
-            root = snapshot_download(root, local_files_only=True)
-        else:
-            system = HfFileSystem()
-    root = system._strip_protocol(root)
-    found = system.find(root, maxdepth=2, detail=True)
-    files = {path[len(root) + 1 :] or "model.safetensors": (path, entry["size"]) for path, entry in found.items()}
-
-    def config_of(name):
-        return json.loads(system.cat_file(files[name][0]))
-
-    def weights_of(start):
-        tensors = {}
-        for path, size in [files[name] for name in files if name.startswith(start) and name.endswith(".safetensors")]:
-            with system.open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= size - 8:
-                    raise ValueError(f"{path} is not a complete safetensors file: download it again.")
-                header = json.loads(file.read(length))
-            for key in header.keys() - {"__metadata__"}:
-                dtype = getattr(torch, SAFETENSORS_DTYPES.get(header[key]["dtype"], "uint8"))
-                tensors[key] = torch.empty(header[key]["shape"], dtype=dtype, device="meta")
-        return tensors
-
-    facts = {"bytes_on_disk": sum(size for _, size in files.values())}
+    files = CheckpointFiles(model, offline)
+    facts = {"bytes_on_disk": sum(files.sizes.values())}
     if "model_index.json" in files:
-        kind, config = "diffusers pipeline", config_of("transformer/config.json")
-        parts = {part: weights_of(f"{part}/") for part in ("transformer", "vae", "text_encoder")}
-        facts["text_encoder"] = config_of("model_index.json")["text_encoder"][1]
+        kind, parts = "diffusers pipeline", read_pipeline(files, ModalityForcingPipeline)
+        facts["text_encoder"] = parts["text_encoder"].cls.__name__ if "text_encoder" in parts else None
         for name in ("scheduler", "depth_scheduler"):
-            if f"{name}/scheduler_config.json" in files:  # a text-to-image base has the first alone
-                facts[f"{name}_shift"] = config_of(f"{name}/scheduler_config.json")["shift"]
+            if name in parts:  # a text-to-image base has the first alone
+                facts[f"{name}_shift"] = parts[name].config["shift"]
     elif "model.safetensors" in files:
-        kind = "published layout"
-        config, transformer = convert_published_transformer(weights_of("model."))
-        parts = {"transformer": transformer, "vae": weights_of("ae_")}
+        kind, parts = "published layout", read_published(files)
         facts["scheduler_shift"] = facts["depth_scheduler_shift"] = math.exp(PUBLISHED_SHIFT_MU)
     elif "config.json" in files:
-        kind, config, parts = "diffusers transformer", config_of("config.json"), {"transformer": weights_of("")}
+        name = files.read_json("config.json").get("_class_name")
+        cls = next((cls for cls in MODELS["transformer"] if cls.__name__ == name), None)
+        if cls is None:
+            raise ValueError(f"{files.path('config.json')} is of a {name}, which is no transformer of this package.")
+        kind, parts = "diffusers transformer", {"transformer": Part(cls, *read_model(files, "", cls))}
     else:
         raise FileNotFoundError(f"{model}: no model_index.json, config.json or model.safetensors is there.")
-    return kind, config, {part: tensors for part, tensors in parts.items() if tensors}, facts
+    return Checkpoint(kind, parts, facts)

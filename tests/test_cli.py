@@ -359,10 +359,13 @@ def test_a_model_is_needed(photo):
         (["--device", "cpu", "--offload", "model"], "--offload model needs a GPU"),
         (["--model", "in"], "has neither model_index.json"),
         (["--model", "in/photo.png"], "is a file"),
-        (["--model", "a/b/c"], "--model a/b/c: no such folder, nor such a repository on the Hub"),
-        (["--model", "no/model", "--offline"], "--model no/model: no such folder, and no copy"),
+        (["--model", "a/b/c"], "a/b/c: no such file or folder, nor such a repository on the Hub"),
+        (["--model", "no/model", "--offline"], "no/model: no such file or folder, and no copy"),
         (["--lora", "gone.safetensors"], "--lora gone.safetensors: no such file"),
-        (["--model", "other"], "--model other is a Flux2KleinPipeline; a ModalityForcingPipeline is needed"),
+        (
+            ["--model", "other"],
+            "is of a Flux2KleinPipeline; a ModalityForcingPipeline is needed",
+        ),
     ],
 )
 def test_devices_and_models_that_are_not_there(arguments, message, photo):

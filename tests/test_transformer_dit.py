@@ -654,8 +654,8 @@ def test_components_that_do_not_fit(pipe):
 
 def test_a_base_on_the_command_line(base_pipe, tmp_path):
     base_pipe.save_pretrained(tmp_path / "base")
-    _, _, parts, facts = read_checkpoint(tmp_path / "base", offline=True)
-    assert "scheduler_shift" in facts and "depth_scheduler_shift" not in facts
-    assert not any("depth" in name for name in parts["transformer"])
+    checkpoint = read_checkpoint(tmp_path / "base", offline=True)
+    assert "scheduler_shift" in checkpoint.facts and "depth_scheduler_shift" not in checkpoint.facts
+    assert not any("depth" in name for name in checkpoint.parts["transformer"].weights)
     with pytest.raises(ValueError, match="a text-to-image base without depth: post-train it"):
         load_pipeline(str(tmp_path / "base"), "cpu", torch.float32)

@@ -52,20 +52,22 @@ def info(
     from mf_diffusers.checkpoints import read_checkpoint
     from mf_diffusers.modality_forcing.loaders import TEXT_ENCODERS
 
-    kind, config, parts, facts = read_checkpoint(model, offline)
+    checkpoint = read_checkpoint(model, offline)
+    config = checkpoint.parts["transformer"].config
+    parts = {name: part.weights for name, part in checkpoint.parts.items() if part.weights}
     parameters = {part: sum(tensor.numel() for tensor in tensors.values()) for part, tensors in parts.items()}
     named = {test: [t for name, t in parts["transformer"].items() if test in name] for test in ("depth", "depth_head.")}
     added, head = (sum(tensor.numel() for tensor in tensors) for tensors in named.values())
     report = {
         "model": model,
-        "kind": kind,
-        "transformer": {name: value for name, value in config.items() if not name.startswith("_")},
+        "kind": checkpoint.kind,
+        "transformer": config,
         "width": config["num_attention_heads"] * config["attention_head_dim"],
         "parameters": parameters,
         "parameters_added_by_depth": added,
         "dtypes": {part: sorted({str(t.dtype)[6:] for t in tensors.values()}) for part, tensors in parts.items()},
         "fitting_text_encoder": TEXT_ENCODERS.get(config["joint_attention_dim"]),
-        **facts,
+        **checkpoint.facts,
         "bytes_of_bfloat16_weights": 2 * (sum(parameters.values()) + head),  # the depth head stays float32
     }
     if as_json:

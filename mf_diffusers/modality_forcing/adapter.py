@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
 from .conversion import StateDict, load_safetensors, read_metadata, save_safetensors, shorten
@@ -20,9 +21,8 @@ LORA_TARGET_MODULES = (
     r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 )
-# Arguments that a result depends on besides the weights; an adapter file carries them.
+# Arguments that a result depends on besides the weights and the pipeline's own; an adapter file carries them all.
 SETTINGS = {
-    "pipeline": ("text_encoder_out_layers", "max_sequence_length", "default_sample_size", "default_log2_alpha"),
     "graft": ("num_depth_decoder_layers", "depth_timestep_mixing"),
     "depth_processor": ("patch_size", "near", "far", "infinite_depth"),
 }
@@ -36,7 +36,7 @@ class Adapter:
     Args:
         base: name of the base that it was trained on, for people.
         base_sha256: `base_hash` of that base.
-        settings: arguments by the groups of `SETTINGS`.
+        settings: arguments by the groups of `SETTINGS`, and those of "pipeline".
         depth: the weights of the depth modules, by name.
         lora: the LoRA, in diffusers' names; {} where there is none.
     """
@@ -61,9 +61,9 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
         Args:
             base: name of the base that was trained: a Hub repository or folder.
         """
-        configs = {"pipeline": self.config, "graft": self.transformer.config}
-        configs["depth_processor"] = self.depth_processor.config
+        configs = {"graft": self.transformer.config, "depth_processor": self.depth_processor.config}
         settings = {group: {name: configs[group][name] for name in names} for group, names in SETTINGS.items()}
+        settings["pipeline"] = pipeline_settings(self)
         save_adapter(self.transformer, path, base, settings)
 
     def load_adapter(
@@ -87,12 +87,15 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
         """
         adapter = read_adapter(path)
         check_adapter(adapter, self.transformer, path)
+        unknown = sorted(adapter.settings.get("pipeline", {}).keys() - pipeline_settings(self).keys())
+        if unknown:
+            raise ValueError(f"{path} has settings that this version does not know: {shorten(unknown)}.")
         self.unload_adapter()
         in_use = self.get_active_adapters()
         if merge and in_use:
             raise ValueError(f"The LoRAs {in_use} are in use: merge the adapter first, and load them again afterwards.")
         before = {
-            "settings": {name: self.config[name] for name in SETTINGS["pipeline"]},
+            "settings": pipeline_settings(self),
             "depth_processor": self.depth_processor,
             "depth": {} if merge else {name: w.cpu().clone() for name, w in depth_weights(self.transformer).items()},
         }
@@ -138,6 +141,11 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
         in_use = [name for name in self.get_active_adapters() if name in kept]
         self.delete_adapters(names)
         self.transformer.set_adapter(in_use)
+
+
+def pipeline_settings(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The arguments of a pipeline that are no components."""
+    return {k: v for k, v in pipe.config.items() if k not in pipe.components and not k.startswith("_")}
 
 
 def base_hash(transformer: ModalityForcingFlux2Transformer2DModel) -> str:
@@ -203,7 +211,7 @@ def read_adapter_metadata(path: str | Path) -> dict[str, Any]:
         )
     settings = json.loads(metadata.get("settings", "{}"))
     unknown = [
-        f"{group}.{name}" for group in settings for name in settings[group] if name not in SETTINGS.get(group, ())
+        f"{group}.{name}" for group in SETTINGS for name in settings.get(group, ()) if name not in SETTINGS[group]
     ]
     if unknown:
         raise ValueError(f"{path} has settings that this version does not know: {shorten(unknown)}.")

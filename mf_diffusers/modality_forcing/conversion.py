@@ -165,6 +165,17 @@ def convert_published_transformer(state_dict: StateDict) -> tuple[dict, StateDic
             f"Missing keys: {shorten(missing)}. Unexpected keys: {shorten(unexpected)}."
         )
 
+    _check_dimensions(
+        published,
+        {
+            "img_in.weight": 2,
+            "txt_in.weight": 2,
+            "depth_in.weight": 2,
+            "time_in.in_layer.weight": 2,
+            "double_blocks.0.img_mlp.2.weight": 2,
+            "single_blocks.0.norm.query_norm.scale": 1,
+        },
+    )
     hidden_size, in_channels = published["img_in.weight"].shape
     head_dim = published["single_blocks.0.norm.query_norm.scale"].shape[0]
     config = {
@@ -246,6 +257,9 @@ def convert_published_autoencoder(encoder: StateDict, decoder: StateDict) -> tup
                 f"ae_{half}.safetensors."
             )
     depth = _count_blocks(encoder, "down")
+    blocks = [f"{half}.{i}.block.0.conv1.weight" for half in ("down", "up") for i in range(depth)]
+    _check_dimensions(encoder, dict.fromkeys(["conv_in.weight", *blocks[:depth]], 4) | {"bn.running_mean": 1})
+    _check_dimensions(decoder, dict.fromkeys(["conv_in.weight", "conv_out.weight", *blocks[depth:]], 4))
     latent_channels = decoder["conv_in.weight"].shape[1]
     config = {
         "in_channels": encoder["conv_in.weight"].shape[1],
@@ -261,6 +275,15 @@ def convert_published_autoencoder(encoder: StateDict, decoder: StateDict) -> tup
         "patch_size": (math.isqrt(encoder["bn.running_mean"].shape[0] // latent_channels),) * 2,
     }
     return config, _rename_autoencoder(encoder, "encoder", depth) | _rename_autoencoder(decoder, "decoder", depth)
+
+
+def _check_dimensions(weights: StateDict, dimensions: dict[str, int]) -> None:
+    """Raises ValueError where a weight is missing, is not of that many axes, or is empty."""
+    for name, number in dimensions.items():
+        if name not in weights:
+            raise ValueError(f"These are not the published weights: {name} is missing.")
+        if weights[name].ndim != number or not weights[name].numel():
+            raise ValueError(f"{name} must have {number} axes, but its shape is {tuple(weights[name].shape)}.")
 
 
 def _rename_autoencoder(weights: StateDict, half: str, depth: int) -> StateDict:

@@ -1,5 +1,6 @@
 """Depth maps to depth tokens and back: unit mean, contraction, patches (paper, depth representation)."""
 
+import math
 import os
 
 import numpy as np
@@ -61,6 +62,9 @@ class DepthProcessor(ConfigMixin):
         infinite_depth (`bool`, defaults to `False`):
             Whether inf in a map is known depth, 2 when contracted, which a model must have been trained with. Default:
             it is missing depth, as of the published model.
+
+    Raises:
+        ValueError: a number that no depth has.
     """
 
     config_name = "depth_processor_config.json"
@@ -68,6 +72,10 @@ class DepthProcessor(ConfigMixin):
     @register_to_config
     def __init__(self, patch_size: int = 16, near: float = 1e-3, far: float = 1000.0, infinite_depth: bool = False):
         super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size!r}.")
+        if not 0 < near <= 1 <= far < math.inf:
+            raise ValueError(f"near must lie above 0, far be finite, and 1 between them; got {near!r} and {far!r}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs):

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoTokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM
 from typing_extensions import Self
 
-from .adapter import read_adapter_metadata
+from ..hub import repository_folder
+from .adapter import pipeline_settings, read_adapter_metadata
 from .conversion import convert_published_autoencoder, load_safetensors
 from .depth_processor import DepthProcessor
+from .model_files import build_empty, check_weights
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
@@ -59,20 +59,13 @@ class ModalityForcingLoaderMixin:
             ValueError: a file is not what its name says; the message names the file or the keys.
         """
         hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            try:
-                folder = Path(snapshot_download(str(folder), revision=revision, allow_patterns=PUBLISHED_FILES, **hub))
-            except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-                raise FileNotFoundError(
-                    f"{pretrained_model_name_or_path} is no folder, nor a Hub repository that can be reached: {error}"
-                ) from error
+        folder = repository_folder(pretrained_model_name_or_path, PUBLISHED_FILES, revision=revision, **hub)
         transformer = ModalityForcingFlux2Transformer2DModel.from_published(folder, dtype=dtype)
         vae_config, vae_weights = convert_published_autoencoder(
             load_safetensors(folder / "ae_encoder.safetensors"), load_safetensors(folder / "ae_decoder.safetensors")
         )
-        with torch.device("meta"):
-            vae = AutoencoderKLFlux2(**vae_config)
+        vae = build_empty(AutoencoderKLFlux2, vae_config, vae_weights, f"{folder}/ae_encoder.safetensors")
+        check_weights(vae, vae_weights, folder)
         vae_weights = {name: w if name.startswith("bn.") else w.to(dtype) for name, w in vae_weights.items()}
         vae.load_state_dict(vae_weights, assign=True)
 
@@ -131,8 +124,7 @@ class ModalityForcingLoaderMixin:
         transformer_class = ModalityForcingFlux2Transformer2DModel
         if isinstance(base.transformer, ModalityForcingDiTTransformer2DModel):
             transformer_class = ModalityForcingDiTTransformer2DModel
-            settings = ("text_encoder_out_layers", "max_sequence_length", "default_sample_size", "default_log2_alpha")
-            pipeline_config = {name: base.config[name] for name in settings} | pipeline_config
+            pipeline_config = pipeline_settings(base) | pipeline_config
         transformer = transformer_class.from_base(base.transformer, depth_channels=patch_size**2, **graft)
         pipe = cls(
             transformer=transformer,

@@ -42,6 +42,7 @@ from .depth_stream import (
     graft_depth,
     join_ids,
 )
+from .model_files import build_empty, check_weights
 
 
 class ModalityForcingFlux2AttnProcessor:
@@ -218,6 +219,9 @@ class ModalityForcingFlux2Transformer2DModel(
         depth_channels (`int`, defaults to 256): Values per depth token, the square of the depth patch size.
         num_depth_decoder_layers (`int`, defaults to 4): Blocks of the depth decoder.
         depth_timestep_mixing (`bool`, defaults to `True`): Whether the streams hear each other's noise level.
+
+    Raises:
+        ValueError: position axes that do not fill a head.
     """
 
     _supports_gradient_checkpointing = True
@@ -263,6 +267,10 @@ class ModalityForcingFlux2Transformer2DModel(
         depth_timestep_mixing: bool = True,
     ):
         super().__init__()
+        if sum(axes_dims_rope) != attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope {tuple(axes_dims_rope)} must add up to attention_head_dim, {attention_head_dim}."
+            )
         self.out_channels = out_channels or in_channels
         self.inner_dim = num_attention_heads * attention_head_dim
         block_kwargs = {
@@ -513,14 +521,15 @@ class ModalityForcingFlux2Transformer2DModel(
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not a safetensors file, or keys are missing or unexpected; the message names them.
+            ValueError: not a safetensors file, or keys are missing, unexpected or of other shapes; the message names
+                them.
         """
         path = Path(pretrained_model_name_or_path)
         config, state_dict = convert_published_transformer(
             load_safetensors(path / "model.safetensors" if path.is_dir() else path)
         )
-        with torch.device("meta"):
-            model = cls(**config)
+        model = build_empty(cls, config, state_dict, str(path))
+        check_weights(model, state_dict, path)
         for name, tensor in state_dict.items():
             keeps_fp32 = name.split(".")[0] in cls._keep_in_fp32_modules
             state_dict[name] = tensor.to(torch.float32 if keeps_fp32 else dtype or tensor.dtype)
