@@ -34,8 +34,8 @@ from finetune.measurements import (
     table_cell,
 )
 from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.depth_io import as_depth_map
-from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics
 from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids

@@ -14,8 +14,8 @@ from finetune.batches import fit
 from finetune.data import ReadReport, Source
 from finetune.encoding import EncodedBatch, Encoder
 from mf_diffusers import ModalityForcingPipeline
+from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.depth_io import as_depth_map
-from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.modality_forcing.image_processor import processing_size
 from mf_diffusers.modality_forcing.objective import draw_noise, modality_forcing_loss

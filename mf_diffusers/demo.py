@@ -18,9 +18,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import mf_diffusers
+from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.checkpoints import load_pipeline
 from mf_diffusers.depth_io import read_depth
-from mf_diffusers.evaluation.alignment import align_affine_robust
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.files import temporary_folder
 from mf_diffusers.pictures import read_image

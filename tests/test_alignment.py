@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from mf_diffusers.evaluation import alignment
-from mf_diffusers.evaluation.alignment import (
+from mf_diffusers import alignment
+from mf_diffusers.alignment import (
     ALIGNMENTS,
     Alignment,
     align_affine_robust,

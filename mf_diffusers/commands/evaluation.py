@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mf_diffusers.alignment import ALIGNMENTS
 from mf_diffusers.commands.options import (
     Device,
     Dtype,
@@ -19,7 +20,6 @@ from mf_diffusers.commands.options import (
     choice,
     option,
 )
-from mf_diffusers.evaluation.alignment import ALIGNMENTS
 from mf_diffusers.evaluation.comparison import compare as compare_reports
 from mf_diffusers.evaluation.metrics import NEGATIVE
 from mf_diffusers.evaluation.protocol import BENCHMARKS, Protocol

@@ -1,6 +1,6 @@
 """Depth evaluation: alignment of relative predictions to the truth, and the metrics of the field."""
 
-from .alignment import (
+from mf_diffusers.alignment import (
     ALIGNMENTS,
     Alignment,
     align_affine_robust,
@@ -10,6 +10,7 @@ from .alignment import (
     align_none,
     align_scale,
 )
+
 from .metrics import boundary_f1, depth_metrics, mean_metrics, point_cloud_distance
 
 

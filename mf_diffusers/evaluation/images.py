@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.linalg import qr, svdvals
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
-from mf_diffusers.evaluation.alignment import align_affine_robust, align_disparity_least_squares
+from mf_diffusers.alignment import align_affine_robust, align_disparity_least_squares
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 
 

@@ -1,13 +1,13 @@
 """Metrics of predicted depth against true depth.
 
-Predictions come aligned (`mf_diffusers.evaluation.alignment`) and at the resolution of the truth. In the formulas d is
+Predictions come aligned (`mf_diffusers.alignment`) and at the resolution of the truth. In the formulas d is
 predicted and g true depth, over the pixels with true depth (finite, above 0, mask True), and log is natural. Every
 such pixel counts: where a prediction is missing or impossible it is an error, not a pixel less.
 """
 
 import numpy as np
 
-from mf_diffusers.evaluation.alignment import checked_maps
+from mf_diffusers.alignment import checked_maps
 from mf_diffusers.geometry import unproject
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mf_diffusers.alignment import ALIGNMENTS
 from mf_diffusers.datasets.benchmarks import DIODE, ETH3D, KITTI, MoGeLayout, NYUv2, ScanNet800
 from mf_diffusers.datasets.folder import Folder
-from mf_diffusers.evaluation.alignment import ALIGNMENTS
 from mf_diffusers.evaluation.metrics import boundary_f1, depth_metrics, point_cloud_distance
 from mf_diffusers.evaluation.views import center_crop, central_square, moge_view
 

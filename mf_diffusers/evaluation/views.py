@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
-from mf_diffusers.evaluation.alignment import nearest_valid
+from mf_diffusers.alignment import nearest_valid
 
 
 HALF_PIXEL = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])

@@ -14,7 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, UMT5EncoderModel
 
 from .adapter import ModalityForcingAdapterMixin
-from .depth_processor import DepthProcessor
+from .completion import log_correction
+from .depth_processor import DepthProcessor, shrink
 from .ensemble import ensemble_depth
 from .image_processor import processing_size, resize
 from .inputs import (
@@ -280,15 +281,16 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
     def prepare_depth_of_image(
         self, depth: GivenDepth | None, noise: torch.Tensor, height: int, width: int, sigmas
     ) -> Stream:
-        """Depth as the stream that is made of a finished image: from noise, around what is known, or from a start."""
+        """
+        Depth as the stream that is made of a finished image, from noise or from a start. What is known of it in part
+        comes in afterwards, see [`log_correction`].
+        """
         scheduler = self.prepare_scheduler(self.depth_scheduler, sigmas, noise.device)
-        if depth is None:
-            return Stream(noise, scheduler.sigmas, scheduler=scheduler, predicts_clean=True)
-        tokens, mask, _ = self.prepare_depth(depth, len(noise), height, width, noise.device)
-        if depth.is_start:
-            start = torch.where(mask, tokens, noise)
-            return Stream(noise, scheduler.sigmas, start=start, scheduler=scheduler, predicts_clean=True)
-        return Stream(noise, scheduler.sigmas, tokens, mask, scheduler=scheduler, predicts_clean=True)
+        start = None
+        if depth is not None and depth.is_start:
+            start, mask, _ = self.prepare_depth(depth, len(noise), height, width, noise.device)
+            start = torch.where(mask, start, noise)
+        return Stream(noise, scheduler.sigmas, start=start, scheduler=scheduler, predicts_clean=True)
 
     def denoise(
         self,
@@ -401,16 +403,17 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         if len(samples) > 1:
             depth, mask, uncertainty = ensemble_depth(torch.stack(maps), torch.stack(masks))
             uncertainty = resize(uncertainty, output_size)
-        depth, mask = self.depth_processor.resize(depth, mask, output_size)
-        if given is not None:
-            repeats = len(depth) // len(given.depth)
-            known = given.depth.to(depth).repeat_interleave(repeats, dim=0)
+        resized, mask = self.depth_processor.resize(depth, mask, output_size)
+        if given is None:
+            return resized, mask, uncertainty
+        known = given.depth.to(depth).repeat_interleave(len(depth) // len(given.depth), dim=0)
+        if given.is_start:
             _, _, scale = self.depth_processor.normalize(known)
-            depth = depth * scale.view(-1, 1, 1, 1)
-            if not given.is_start:
-                is_known = known.isfinite()
-                depth, mask = torch.where(is_known, known, depth), mask | is_known
-        return depth, mask, uncertainty
+            return resized * scale.view(-1, 1, 1, 1), mask, uncertainty
+        is_known = known.isfinite()
+        correction = log_correction(depth, *shrink(torch.where(is_known, known, 0.0), is_known, (height, width)))
+        correction = F.interpolate(correction, output_size, mode="bilinear", align_corners=False)
+        return torch.where(is_known, known, resized * correction.exp()), mask | is_known, uncertainty
 
     @property
     def has_depth(self) -> bool:
@@ -661,9 +664,8 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
             estimates = []
             for _ in range(passes):
                 noise = self.prepare_depth_latents(*shape, None if makes_image else depth_latents)
-                depth_stream = self.prepare_depth_of_image(
-                    depth if completes_depth else None, noise, height, width, depth_sigmas
-                )
+                given = depth if completes_depth else None
+                depth_stream = self.prepare_depth_of_image(given, noise, height, width, depth_sigmas)
                 streams = {"image": Stream.given(image_tokens, depth_stream.levels), "depth": depth_stream}
                 # Over an image that was made, guidance is off, as it is for image -> depth by default.
                 negative = None if makes_image else negative_prompt_embeds
