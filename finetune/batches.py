@@ -25,7 +25,7 @@ class LoaderConfig:
     """
     Args:
         batch_size: samples of one step, over all processes.
-        pixels: area near which images are worked on, at their own aspect ratio.
+        pixels, size_rule: the size at which images are worked on, see `processing_size`.
         multiple: of the height and the width, in pixels; the size of a token.
         flip: mirror half of the samples, but none whose caption says left or right.
         seed: of the flips.
@@ -37,6 +37,7 @@ class LoaderConfig:
 
     batch_size: int = 8
     pixels: int = 512 * 512
+    size_rule: str = "area"
     multiple: int = 16
     flip: bool = False
     seed: int = 0
@@ -44,6 +45,10 @@ class LoaderConfig:
     window: int = 128
     depth_density: Any = 1.0
     depth_pattern: str = "random"
+
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which an image of `height` x `width` is worked on."""
+        return processing_size(height, width, self.pixels, self.multiple, self.size_rule)
 
 
 def fit(sample: dict, size: tuple[int, int]) -> dict:
@@ -101,7 +106,7 @@ class BucketBatchSampler:
         batch_size, length = self.config.batch_size, self.config.batch_size * self.config.window
         batches, buckets = [], defaultdict(list)
         for index in range(window * length, (window + 1) * length):
-            size = processing_size(*self.source.size(index), self.config.pixels, self.config.multiple)
+            size = self.config.size_of(*self.source.size(index))
             buckets[size].append(index)
             if len(buckets[size]) == batch_size:
                 batches.append((size, buckets.pop(size)))

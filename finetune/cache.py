@@ -34,7 +34,9 @@ class CacheConfig:
         folder: where caches lie, each in a folder named by what went into it; null: there is no cache, samples are read
             and encoded in the training loop.
         samples: how many samples of the source to encode; without a cache there are as many as the steps take.
-        pixels: area near which they are worked on, at their own aspect ratio.
+        pixels: of the square that `size_rule` is about; samples keep their own aspect ratio.
+        size_rule: "area": they are worked on near the area of that square; "long_side": their longer side is as long as
+            the square's, as in the paper.
         text: whether to keep text features too (not when the text encoder is in training).
         depth_density: share of the pixels whose depth is kept, thinned as `depth_pattern` (finetune/sparsify.py) says;
             a range [0.01, 1.0] for samples that each draw their own, as in a mixture of dense and sparse data sets.
@@ -44,9 +46,14 @@ class CacheConfig:
     folder: str | None = "outputs/cache"
     samples: int = 1000
     pixels: int = 512 * 512
+    size_rule: str = "area"
     text: bool = True
     depth_density: Any = 1.0
     depth_pattern: str = "random"
+
+    def size_of(self, height: int, width: int, token_size: int) -> tuple[int, int]:
+        """The size at which a sample of `height` x `width` is worked on."""
+        return processing_size(height, width, self.pixels, token_size, self.size_rule)
 
 
 class Shard:
@@ -161,6 +168,7 @@ def prepare_samples(config, pipe_config: dict, encoder: Encoder) -> EncodedSampl
     loading = LoaderConfig(
         batch_size=trainer.batch_size,
         pixels=cache.pixels,
+        size_rule=cache.size_rule,
         multiple=encoder.token_size,
         flip=config.flip,
         seed=trainer.seed,
@@ -221,7 +229,7 @@ def encode_shard(config: CacheConfig, source: Source, indices: range, encoder, r
     """Encodes samples one by one and writes them as a file."""
     tensors, captions, known = {}, [], len(report.failures)
     for place, (index, sample) in enumerate(zip(indices, source.read(list(indices), report))):
-        size = processing_size(*sample["image"].shape[-2:], config.pixels, encoder.token_size)
+        size = config.size_of(*sample["image"].shape[-2:], encoder.token_size)
         sample = thin_as_asked(fit(sample, size), source, index, config)
         encoded = encoder(sample["image"][None], sample["depth"][None], [sample["caption"]])
         for name in ("latents", "depth", "valid", *(["prompt_embeds"] if config.text else [])):

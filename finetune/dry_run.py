@@ -9,7 +9,6 @@ from finetune.cache import CacheConfig
 from finetune.memory import DTYPES, Launch, post_training_memory, pretraining_memory
 from finetune.models import live_text_encoder, live_text_encoder_of_base
 from finetune.source_check import open_sources
-from mf_diffusers.modality_forcing.image_processor import processing_size
 
 
 def cache_bytes(config: CacheConfig, token_size: int, token_channels: int, text_bytes: int) -> int:
@@ -30,7 +29,7 @@ def describe_source(name: str, settings: dict, cache: CacheConfig, token_size: i
             lines.append(f"{name}: {leaf.config.kind}, {counts}")
         sample = source[0]
         looked_at = range(min(cache.samples, 256))
-        sizes = Counter(processing_size(*source.size(i), cache.pixels, token_size) for i in looked_at)
+        sizes = Counter(cache.size_of(*source.size(i), token_size) for i in looked_at)
     except (ValueError, OSError) as error:
         return [f"{name}: CANNOT BE READ: {error}"]
     height, width = sample["image"].shape[-2:]

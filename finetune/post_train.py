@@ -159,7 +159,7 @@ def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.n
     base = DiffusionPipeline.from_pretrained(config.base, dtype=dtypes)
     check_architecture(config, type(base.transformer).__name__)
     if isinstance(base, ModalityForcingPipeline) and base.has_depth:
-        base.register_to_config(default_sample_size=config.sample_size)
+        base.register_to_config(default_sample_size=config.sample_size, default_size_rule=config.cache.size_rule)
         has_copy_to_teach = config.distils and config.mode != "lora"  # see `make_teacher`
         teacher = deepcopy(base.transformer) if has_copy_to_teach else base.transformer
         if config.extra_depth_decoder_layers:
@@ -172,6 +172,7 @@ def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.n
         text_encoder_out_layers=config.text_encoder_out_layers,
         max_sequence_length=config.max_sequence_length,
         default_sample_size=config.sample_size,
+        default_size_rule=config.cache.size_rule,
     )
     return pipe, base.transformer
 

@@ -299,7 +299,7 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
     model.eval()
     report, losses = ReadReport(), defaultdict(list)
     for batch in read_batches(source, config.validation_samples, trainer.config.micro_batch_size, report):
-        for key, values in level_losses(losses_at, encoder, config.cache.pixels, *batch).items():
+        for key, values in level_losses(losses_at, encoder, config.cache, *batch).items():
             losses[key] += values
     log_validation(trainer, losses, {})
     captions = [sample["caption"] for sample in source.read(list(range(12)), report)]

@@ -11,13 +11,13 @@ import PIL.Image
 import torch
 
 from finetune.batches import fit
+from finetune.cache import CacheConfig
 from finetune.data import ReadReport, Source
 from finetune.encoding import EncodedBatch, Encoder
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.depth_io import as_depth_map
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
-from mf_diffusers.modality_forcing.image_processor import processing_size
 from mf_diffusers.modality_forcing.objective import draw_noise, modality_forcing_loss
 from mf_diffusers.visualization import colorize_depth, contact_sheet
 
@@ -68,16 +68,16 @@ def image_to_depth_metrics(
 def level_losses(
     losses_at: Callable[[EncodedBatch, list[torch.Generator], float], dict[str, torch.Tensor]],
     encoder: Encoder,
-    pixels: int,
+    cache: CacheConfig,
     indices,
     samples,
 ) -> dict[tuple[str, float], list[float]]:
-    """Losses of a batch of samples at every one of `LEVELS`, worked on near an area of `pixels`.
+    """Losses of a batch of samples at every one of `LEVELS`, worked on at the sizes of `cache`.
 
     Args:
         losses_at: a batch, a generator for each sample and a noise level -> losses by name, of each sample that counts.
     """
-    size = processing_size(*samples[0]["image"].shape[-2:], pixels, encoder.token_size)
+    size = cache.size_of(*samples[0]["image"].shape[-2:], encoder.token_size)
     samples = [fit(sample, size) for sample in samples]
     images, depths = (torch.stack([sample[name] for sample in samples]) for name in ("image", "depth"))
     batch, found = encoder(images, depths, [sample["caption"] for sample in samples]), {}
@@ -155,10 +155,10 @@ def validate(pipe: ModalityForcingPipeline, source: Source, trainer, encoder: En
     pipe.transformer.eval()
     report, found, rows = ReadReport(), defaultdict(list), []
     for batch in read_batches(source, config.validation_samples, trainer.config.micro_batch_size, report):
-        for key, values in level_losses(losses_at, encoder, config.cache.pixels, *batch).items():
+        for key, values in level_losses(losses_at, encoder, config.cache, *batch).items():
             found[key] += values
         rows += depth_rows(pipe, *batch)
-    size = processing_size(*source.size(0), config.cache.pixels, encoder.token_size)
+    size = config.cache.size_of(*source.size(0), encoder.token_size)
     sheet = picture_grid(pipe, source, size)
     if trainer.accelerator.is_main_process:
         sheet.save(trainer.folder / f"validation-{trainer.step:08}.png")

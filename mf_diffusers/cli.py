@@ -9,6 +9,7 @@ from mf_diffusers.commands.checkpoints import convert, info
 from mf_diffusers.commands.console import Commands
 from mf_diffusers.commands.datasets import prepare
 from mf_diffusers.commands.demonstration import demo
+from mf_diffusers.commands.editing import complete, inpaint
 from mf_diffusers.commands.evaluation import compare, evaluate
 from mf_diffusers.commands.results import depth, generate, image
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, depth, image, demo, convert, info, evaluate, compare, prepare):
+for command in (generate, depth, image, inpaint, complete, demo, convert, info, evaluate, compare, prepare):
     app.command()(command)
 
 

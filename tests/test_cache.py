@@ -55,7 +55,15 @@ def test_the_name_of_a_cache_of_scenes(tmp_path, encoder):
     """Fixed: caches of scenes outlive versions of this code."""
     config, pipe_config = settings(tmp_path), {"out_layers": [1, 2, 3]}
     content = [SCENES, asdict(config) | {"folder": ""}, pipe_config, weights_hash(encoder.vae)]
-    assert asdict(config).keys() == {"folder", "samples", "pixels", "text", "depth_density", "depth_pattern"}
+    assert asdict(config).keys() == {
+        "folder",
+        "samples",
+        "pixels",
+        "size_rule",
+        "text",
+        "depth_density",
+        "depth_pattern",
+    }
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     assert encode_samples(config, SCENES, pipe_config, encoder).folder == Path(config.folder) / name
 

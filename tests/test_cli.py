@@ -231,24 +231,29 @@ def test_an_upright_photo_is_written_and_its_depth_fits_it(model, photo):
 def test_image_writes_the_given_depth_with_its_geometry(model, ramp):
     run("image", ramp, "-p", "a wall", "-m", model, "--steps", 2, "--log2-alpha", -8, "--fov", 70, "--depth-scale", 2)
     folder = Path("outputs/ramp")
-    assert names(folder) == ALWAYS | PERHAPS
-    assert np.array_equal(np.load(folder / "depth.npy"), 2 * np.load(ramp))
-    assert np.array_equal(np.asarray(Image.open(folder / "mask.png")) > 0, np.load(ramp) > 0)
+    assert ALWAYS <= names(folder) <= ALWAYS | PERHAPS
+    assert_completed(np.load(folder / "depth.npy"), 2 * np.load(ramp))
     assert Image.open(folder / "image.png").size == (40, 24)
     assert metadata(folder)["options"]["log2_alpha"] == -8
 
 
-def test_inverse_depth_is_turned_and_its_zeros_stay_missing(model, ramp):
+def assert_completed(depth, given):
+    """Depth that was given is as it was; depth that was missing is made."""
+    assert np.array_equal(depth[given > 0], given[given > 0])
+    assert (depth > 0).all()
+
+
+def test_inverse_depth_is_turned_and_its_zeros_are_missing(model, ramp):
     run("image", ramp, "-p", "a wall", "-m", model, "--steps", 1, "--inverse")
     expected = np.load(ramp)
     expected[expected > 0] = 1 / expected[expected > 0]
-    assert np.array_equal(np.load("outputs/ramp/depth.npy"), expected)
+    assert_completed(np.load("outputs/ramp/depth.npy"), expected)
 
 
 def test_the_key_picks_an_array(model, ramp):
     np.savez("two.npz", first=np.load(ramp), second=3 * np.load(ramp))
     run("image", "two.npz", "-p", "a wall", "-m", model, "--steps", 1, "--depth-key", "second")
-    assert np.array_equal(np.load("outputs/two/depth.npy"), 3 * np.load(ramp))
+    assert_completed(np.load("outputs/two/depth.npy"), 3 * np.load(ramp))
 
 
 def test_results_are_not_overwritten_unless_asked(model, photo):

@@ -62,3 +62,10 @@ def test_resize_keeps_the_range():
     resized = resize(image, (48, 80))
     assert resized.shape == (1, 3, 48, 80) and resized.min() >= 0 and resized.max() <= 1
     assert resize(image, (32, 48)) is image
+
+
+def test_the_long_side_decides_where_the_rule_says_so():
+    assert processing_size(1080, 1920, 512 * 512, 16, "long_side") == (288, 512)
+    assert processing_size(1920, 1080, 512 * 512, 16, "long_side") == (512, 288)
+    assert processing_size(300, 300, 512 * 512, 16, "long_side") == processing_size(300, 300, 512 * 512) == (512, 512)
+    assert processing_size(1080, 1920, 512 * 512, 16) == (384, 688)

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import SCENES, base, cache, frames, settings  # noqa: F401
 
 from finetune import post_train, pretrain, validation
+from finetune.cache import CacheConfig
 from finetune.data import FolderConfig, ReadReport, ScenesConfig, Source, build_source
 from finetune.encoding import Encoder
 from finetune.validation import LEVELS, image_to_depth_metrics, level_losses, read_batches
@@ -50,14 +51,14 @@ def test_losses_at_a_level_are_those_of_the_objective(pipe):
         return {"rgb": losses.rgb, "depth": losses.depth}
 
     (indices, samples), *_ = read_batches(source, 3, 3, ReadReport())
-    found = level_losses(losses_at, encoder, 1024, indices, samples)
+    found = level_losses(losses_at, encoder, CacheConfig(pixels=1024), indices, samples)
     assert found.keys() == {(name, level) for name in ("rgb", "depth") for level in LEVELS}
     assert [level for _, level, _ in seen] == list(LEVELS) and {seed for *_, seed in seen} == {0}
     assert all(len(values) == 3 and min(values) > 0 for values in found.values())
-    alone = level_losses(losses_at, encoder, 1024, indices[1:2], samples[1:2])
+    alone = level_losses(losses_at, encoder, CacheConfig(pixels=1024), indices[1:2], samples[1:2])
     for key, values in found.items():
         assert alone[key][0] == pytest.approx(values[1], rel=1e-3)
-    smaller = level_losses(losses_at, encoder, 256, indices, samples)
+    smaller = level_losses(losses_at, encoder, CacheConfig(pixels=256), indices, samples)
     assert smaller["rgb", 0.5] != found["rgb", 0.5] and seen[-1][0].depth.shape[-2:] == (16, 16)
 
 

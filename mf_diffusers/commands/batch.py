@@ -154,7 +154,8 @@ class Batch:
             "command": self.command,
             "prompt": prompt,
             "seed": seed,
-            "options": options | {"seed": seed, "guidance_scale": self.pipe.guidance_scale},
+            "options": options
+            | {"seed": seed, "steps": self.pipe.num_inference_steps, "guidance_scale": self.pipe.guidance_scale},
             "transformer": type(self.pipe.transformer).__name__,
             "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -35,7 +35,7 @@ def evaluate(
         Path | None, option(help="Score depth files of any method instead: NAME.npy, .exr, .png, ... for each frame.")
     ] = None,
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; 10 in the paper.")] = 1,
-    steps: Steps = 50,
+    steps: Steps = None,
     seed: Annotated[int, option(min=0, max=2**32, help="Frame number i, from 0, has the seed SEED + i.")] = 0,
     limit: Annotated[int | None, option(min=1, help="Only the first so many frames.")] = None,
     alignment: Annotated[str, option(**choice(*ALIGNMENTS), help="Of the predictions to the truth.")] = "robust",

@@ -33,6 +33,8 @@ FLAGS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance-scale",
     "log2_alpha": "--log2-alpha",
+    "mask_image": "--mask",
+    "strength": "--strength",
     "num_refinement_steps": "--refine",
     "ensemble_size": "--ensemble",
     "height": "--height",
@@ -64,8 +66,11 @@ TextEncoder = Annotated[
     option(help="Qwen3 text encoder and tokenizer, folder or Hub repository; default: the model's, or one that fits."),
 ]
 Lora = Annotated[str | None, option(help="LoRA: file, folder or Hub id.")]
-Steps = Annotated[int, option(min=1, help="Euler steps; for the depth of an image 1 to 4 already do well.")]
-GuidanceScale = Annotated[float | None, option(min=0, help="Pull towards the prompt; default 4, for depth 1 (off).")]
+Steps = Annotated[int | None, option(min=1, help="Euler steps; default: the model's for the task.")]
+GuidanceScale = Annotated[
+    float | None, option(min=0, help="Pull towards the prompt, off at 1; default: the model's for the task.")
+]
+Strength = Annotated[float | None, option(min=0, max=1, help="Share of the steps, from the picture on; default: anew.")]
 Seed = Annotated[int, option(min=0, max=2**32, help="Result number i, from 0, has the seed SEED + i.")]
 Side = Annotated[int | None, option(min=1, help="To work at, a multiple of 16; default: fits the input.")]
 Output = Annotated[Path, option("--output", "-o", panel="Result", help="Folder for the result folders.")]
@@ -87,7 +92,7 @@ class Options:
     """What the commands share that make results of many sources."""
 
     model: Model
-    steps: Steps = 50
+    steps: Steps = None
     guidance_scale: GuidanceScale = None
     seed: Seed = 0
     height: Side = None

@@ -26,11 +26,12 @@ class ModelPredictor:
     Args:
         pipe: a `ModalityForcingPipeline`.
         facts: what is known of the model beyond its weights, such as its name.
-        steps, ensemble: Euler steps, and samples of which the aligned median is taken.
+        steps, ensemble: Euler steps (None: the checkpoint's), and samples of which the aligned median is taken.
         disparity: predict the inverse of the depth, for the protocol's alignment in disparity.
     """
 
-    def __init__(self, pipe, facts, steps=50, ensemble=1, seed=0, disparity=False):
+    def __init__(self, pipe, facts, steps=None, ensemble=1, seed=0, disparity=False):
+        steps = steps or pipe.config.default_depth_steps
         self.pipe, self.steps, self.ensemble, self.seed, self.disparity = pipe, steps, ensemble, seed, disparity
         self.facts = facts | {
             "transformer": type(pipe.transformer).__name__,

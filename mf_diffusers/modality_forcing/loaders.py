@@ -87,6 +87,7 @@ class ModalityForcingLoaderMixin:
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),
+            default_size_rule="long_side",
         )
 
     @classmethod

@@ -122,6 +122,7 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         self.token_size = 2 * self.vae_scale_factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.token_size)
         self._guidance_scale = 1.0
+        self._num_inference_steps = 0
         self._num_timesteps = 0
         self._attention_kwargs = None
         self._current_timestep = None
@@ -432,7 +433,13 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         return self._attention_kwargs
 
     @property
+    def num_inference_steps(self) -> int:
+        """Steps of the last call, as it asked for or as the checkpoint says."""
+        return self._num_inference_steps
+
+    @property
     def num_timesteps(self) -> int:
+        """Steps of the last call, over all its passes."""
         return self._num_timesteps
 
     @property
@@ -608,6 +615,7 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         self._guidance_scale = scale if guidance_scale is None else guidance_scale
         if sigmas is None:
             sigmas = even_levels(num_inference_steps or steps)
+        self._num_inference_steps = len(sigmas)
         depth_sigmas = sigmas
         if makes_image:
             depth_sigmas = even_levels(num_refinement_steps or self.config.default_depth_steps)
