@@ -1,6 +1,7 @@
 """Tiny instances of the real classes, with random weights."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,11 +102,15 @@ def pipe() -> ModalityForcingPipeline:
 
 
 @pytest.fixture(scope="session")
-def golden_a():
-    """Folder of reference tensors of the published implementation; they are not part of the project."""
-    from pathlib import Path
+def golden_a() -> Path:
+    """Folder of reference tensors of the published implementation, see its README."""
+    return Path(__file__).parent / "golden_a"
 
+
+@pytest.fixture(scope="session")
+def golden_autoencoder() -> Path:
+    """The same folder with the autoencoder's tensors, which are not part of the project."""
     folder = Path(__file__).parents[2] / "shared" / "reference" / "golden_a"
     if not folder.is_dir():
-        pytest.skip("the reference tensors are not on this machine")
+        pytest.skip("the autoencoder's reference tensors are not on this machine")
     return folder

@@ -1,4 +1,4 @@
-"""Parity with tensors made by the published implementation (not part of the project; skipped where absent)."""
+"""Parity with tensors made by the published implementation; those of its autoencoder are not part of the project."""
 
 import json
 import math
@@ -24,9 +24,10 @@ def transformer(golden_a):
 
 
 @pytest.fixture(scope="module")
-def vae(golden_a):
+def vae(golden_autoencoder):
     config, weights = convert_published_autoencoder(
-        load_file(golden_a / "ae_encoder.safetensors"), load_file(golden_a / "ae_decoder.safetensors")
+        load_file(golden_autoencoder / "ae_encoder.safetensors"),
+        load_file(golden_autoencoder / "ae_decoder.safetensors"),
     )
     vae = AutoencoderKLFlux2(**config)
     vae.load_state_dict(weights)
@@ -34,12 +35,12 @@ def vae(golden_a):
 
 
 @pytest.fixture(scope="module")
-def pipe(transformer, vae):
+def pipe(transformer):
     return ModalityForcingPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1)),
         depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1)),
-        vae=vae,
+        vae=None,
         text_encoder=None,
         tokenizer=None,
         depth_processor=DepthProcessor(),
@@ -157,8 +158,8 @@ def test_depth_codec_beyond_infinity(golden_a):
 
 
 @torch.no_grad()
-def test_autoencoder(golden_a, vae):
-    golden = load_file(golden_a / "autoencoder.safetensors")
+def test_autoencoder(golden_autoencoder, vae):
+    golden = load_file(golden_autoencoder / "autoencoder.safetensors")
     image = (golden["image"].permute(0, 3, 1, 2) + 1) / 2
     assert max_error(image_to_tokens(vae, image), golden["latent"].flatten(1, 2)) <= 1e-4
     latents = tokens_to_latents(vae, golden["random_latent"].flatten(1, 2), 16, 12)
@@ -176,7 +177,7 @@ def test_export_round_trip(golden_a, transformer, tmp_path, prefix):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), transformer.state_dict().values()))
 
 
-def test_published_pipeline(golden_a, tmp_path, monkeypatch):
+def test_published_pipeline(golden_autoencoder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer = make_tokenizer()
     text_encoder = Qwen3ForCausalLM(
@@ -190,19 +191,19 @@ def test_published_pipeline(golden_a, tmp_path, monkeypatch):
             head_dim=8,
         )
     )
-    given = ModalityForcingPipeline.from_published(golden_a, text_encoder, tokenizer, dtype=torch.float32)
+    given = ModalityForcingPipeline.from_published(golden_autoencoder, text_encoder, tokenizer, dtype=torch.float32)
     assert given.scheduler.config.shift == given.depth_scheduler.config.shift == math.exp(1.1)
     assert given.encode_prompt("a cat")[0].shape == (1, 512, 96)
     text_encoder.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    from_folder = ModalityForcingPipeline.from_published(golden_a, tmp_path)
+    from_folder = ModalityForcingPipeline.from_published(golden_autoencoder, tmp_path)
     assert from_folder.transformer.dtype == from_folder.vae.dtype == from_folder.text_encoder.dtype == torch.bfloat16
     assert from_folder.transformer.depth_head.proj_out.weight.dtype == torch.float32
-    without = ModalityForcingPipeline.from_published(golden_a, text_encoder=None)
+    without = ModalityForcingPipeline.from_published(golden_autoencoder, text_encoder=None)
     assert without.text_encoder is None and without.vae.bn.running_mean.dtype == torch.float32
     with pytest.raises(TypeError, match="torch_dtype"):
-        ModalityForcingPipeline.from_published(golden_a, torch_dtype=torch.float32)
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+        ModalityForcingPipeline.from_published(golden_autoencoder, torch_dtype=torch.float32)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         ModalityForcingPipeline.from_published(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="No known text encoder makes features of width 96"):
-        ModalityForcingPipeline.from_published(golden_a)
+        ModalityForcingPipeline.from_published(golden_autoencoder)
