@@ -44,12 +44,13 @@ from finetune.cache import SHARD, EncodedSamples, shard_path
 from finetune.config import load_config, take_flag
 from finetune.encoding import EncodedBatch
 from finetune.memory import DTYPES
-from finetune.models import TRANSFORMERS, empty_transformer, read_base, read_token_size
+from finetune.models import empty_transformer, read_base, read_token_size
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
 from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage
 from finetune.start_check import check_start
 from finetune.trainer import Trainer, join_processes
 from mf_diffusers import DepthProcessor
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 
 
 # Dense bfloat16 products with float32 accumulation, FLOP/s, by what is in torch's name of the device: NVIDIA's data
@@ -161,7 +162,7 @@ def post_training(config: PostTrainConfig, device: torch.device, fill: Callable 
     base = None  # the teacher; with a LoRA it is in the model
     if config.distils and config.mode != "lora":
         with torch.device("meta"):
-            base = TRANSFORMERS[config.architecture](**base_config).to(DTYPES[config.base_dtype])
+            base = BACKBONES[config.architecture].transformer_class(**base_config).to(DTYPES[config.base_dtype])
         fill(base, device)
     fill(model, device)
     teacher = make_teacher(config, model, base, device)

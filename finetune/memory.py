@@ -32,6 +32,7 @@ from accelerate.utils import gather_object
 
 from finetune.sharding import is_deepspeed_asked, is_sharding_asked, roots
 from finetune.trainer import TrainerConfig
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -138,7 +139,8 @@ def post_training_memory(config, model, text_encoder: int, launch: Launch = ALON
         (trunk_blocks(model), tokens, width, c.mlp_ratio),
         (c.num_depth_decoder_layers, images, width, c.mlp_ratio),
     ]
-    base = sum(p.numel() for name, p in model.named_parameters() if "depth" not in name and "lora_" not in name)
+    of_base = (p for name, p in model.named_parameters() if "lora_" not in name and not model.is_depth_parameter(name))
+    base = sum(p.numel() for p in of_base)
     teacher = base * DTYPES[config.base_dtype].itemsize if config.distils and config.mode != "lora" else 0
     return memory(model, config.trainer, stacks, teacher, text_encoder * DTYPES[config.base_dtype].itemsize, launch)
 
@@ -150,7 +152,7 @@ def pretraining_memory(config, model, token_size: int, text_encoder: int, launch
     stacks = [(trunk_blocks(transformer), tokens, transformer.inner_dim, transformer.config.mlp_ratio)]
     if model.tokenizer is not None:
         text = model.text_encoder.config
-        mlp_width = text.d_ff if config.architecture == "dit" else text.intermediate_size
+        mlp_width = getattr(text, BACKBONES[config.architecture].text_mlp_width)
         stacks.append((text.num_hidden_layers, length, text.hidden_size, mlp_width / text.hidden_size))
     text_encoder_bytes = text_encoder * DTYPES[config.trainer.mixed_precision].itemsize
     return memory(model, config.trainer, stacks, text_encoder_bytes=text_encoder_bytes, launch=launch)

@@ -6,14 +6,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from omegaconf import OmegaConf
-from transformers import Qwen3Config, Qwen3ForCausalLM, UMT5Config, UMT5EncoderModel
 
 from finetune.memory import DTYPES
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingFlux2Transformer2DModel
+from mf_diffusers.modality_forcing.backbones import BACKBONES, family_of
 
 
-TRANSFORMERS = {"flux2": ModalityForcingFlux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
-TEXT_ENCODERS = {"flux2": (Qwen3ForCausalLM, Qwen3Config), "dit": (UMT5EncoderModel, UMT5Config)}
 TEXT_ENCODER_PARAMETERS = {  # of those that are known without their files
     "google/umt5-xxl": 5_680_910_336,
     "black-forest-labs/FLUX.2-klein-base-4B": 4_022_468_096,  # Qwen3-4B
@@ -29,7 +27,7 @@ def read_base(config) -> tuple[dict, int]:
         return config.base_config, FLUX2_TOKEN_SIZE
     base = config.base
     try:
-        transformer = TRANSFORMERS[config.architecture].load_config(base, subfolder="transformer")
+        transformer = BACKBONES[config.architecture].transformer_class.load_config(base, subfolder="transformer")
         check_architecture(config, transformer["_class_name"])
         return {k: v for k, v in transformer.items() if k[0] != "_"}, read_token_size(base, transformer)
     except OSError as error:
@@ -69,7 +67,7 @@ def with_text_of_base(config):
 
 def check_architecture(config, class_name: str) -> None:
     """Stops where a base's transformer, of this class, is not of the architecture of a `PostTrainConfig`."""
-    found = "dit" if class_name == TRANSFORMERS["dit"].__name__ else "flux2"
+    found = family_of(class_name)
     if found != config.architecture:
         raise SystemExit(f"error: {config.base} is of architecture {found}: set it so")
 
@@ -97,14 +95,14 @@ def live_text_encoder(config, name: str | None) -> int:
         return 0
     if name in TEXT_ENCODER_PARAMETERS:
         return TEXT_ENCODER_PARAMETERS[name]
-    model_class, config_class = TEXT_ENCODERS[config.architecture]
+    backbone = BACKBONES[config.architecture]
     folder = Path(name, "text_encoder")
     try:
-        encoder_config = config_class.from_pretrained(folder if folder.is_dir() else name)
+        encoder_config = backbone.text_config_class.from_pretrained(folder if folder.is_dir() else name)
     except OSError:
         return 0
     with torch.device("meta"):
-        return sum(p.numel() for p in model_class(encoder_config).parameters())
+        return sum(p.numel() for p in backbone.text_encoder_class(encoder_config).parameters())
 
 
 def live_text_encoder_of_base(config) -> int:
@@ -120,7 +118,7 @@ def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel | Modali
     depth = {"depth_channels": token_size**2, "num_depth_decoder_layers": config.num_depth_decoder_layers}
     with torch.device("meta"):
         has_depth = base.get("depth_channels") is not None  # such a base keeps its own
-        model = TRANSFORMERS[config.architecture](**(base if has_depth else base | depth))
+        model = BACKBONES[config.architecture].transformer_class(**(base if has_depth else base | depth))
         if has_depth and config.extra_depth_decoder_layers:
             model.deepen_depth_decoder(config.extra_depth_decoder_layers)
     for parameter in model.parameters():

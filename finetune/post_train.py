@@ -28,7 +28,6 @@ from finetune.dry_run import report_post_training
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import DTYPES, Launch, memory_verdict, post_training_memory
 from finetune.models import (
-    TRANSFORMERS,
     check_architecture,
     empty_transformer,
     live_text_encoder_of_base,
@@ -40,9 +39,8 @@ from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.files import save_whole
-from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
-from mf_diffusers.modality_forcing.text_features import encode_text
 
 
 @dataclass
@@ -100,32 +98,35 @@ def check(config: PostTrainConfig) -> None:
     """Stops at settings that do not go together."""
     if config.mode not in ("full", "all", "lora"):
         raise SystemExit(f"error: mode {config.mode!r} is none of full, all, lora")
-    if config.architecture not in TRANSFORMERS:
-        raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(TRANSFORMERS)}")
-    if config.architecture == "dit" and config.mode != "all":
-        raise SystemExit(f"error: mode {config.mode!r} is for FLUX.2's blocks: architecture=dit trains with mode=all")
+    if config.architecture not in BACKBONES:
+        raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(BACKBONES)}")
+    backbone = BACKBONES[config.architecture]
+    if config.mode not in backbone.training_modes:
+        modes = " or ".join(backbone.training_modes)
+        raise SystemExit(f"error: architecture={config.architecture} trains with mode={modes}, not {config.mode}")
     if config.architecture == "dit" and config.extra_depth_decoder_layers:
         raise SystemExit("error: extra_depth_decoder_layers is for architecture=flux2")
     if config.base_dtype not in DTYPES:
         raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":
         raise SystemExit("error: base_dtype=bf16 needs trainer.mixed_precision=bf16, which computes in bfloat16")
-    check_names("base_config", config.base_config or {}, arguments_of(TRANSFORMERS[config.architecture]))
+    check_names("base_config", config.base_config or {}, arguments_of(backbone.transformer_class))
     check_names("depth_processor", config.depth_processor, arguments_of(DepthProcessor) - {"patch_size"})
 
 
 def choose_trainable(transformer: torch.nn.Module, config: PostTrainConfig) -> None:
     """Freezes what `PostTrainConfig.mode` says is frozen; the rest is float32 from here on."""
+    backbone = BACKBONES[config.architecture]
     if config.mode == "lora":
         transformer.requires_grad_(False)
         transformer.add_adapter(
-            LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGET_MODULES)
+            LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=backbone.lora_targets)
         )
     for name, parameter in transformer.named_parameters():
-        if "depth" in name:
+        if transformer.is_depth_parameter(name):
             parameter.requires_grad_(True)
         elif config.mode == "full":
-            parameter.requires_grad_(not name.startswith("transformer_blocks."))
+            parameter.requires_grad_(not name.startswith(backbone.frozen_in_full))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
@@ -146,7 +147,7 @@ def check_memory(config: PostTrainConfig) -> tuple[bool, str]:
     text_encoder = live_text_encoder_of_base(config)
     levers = {
         "base_dtype": ["bf16"] * (config.base_dtype == "fp32" and config.trainer.mixed_precision == "bf16"),
-        "mode": ["lora"] * (config.architecture == "flux2" and config.mode != "lora"),
+        "mode": ["lora"] * ("lora" in BACKBONES[config.architecture].training_modes and config.mode != "lora"),
     }
     return memory_verdict(config, memory_of, levers)
 
@@ -254,7 +255,7 @@ def main():
     }
 
     def encode(prompts: list[str]) -> torch.Tensor:
-        return encode_text(pipe.text_encoder, pipe.tokenizer, prompts, **text)
+        return BACKBONES[config.architecture].encode_text(pipe.text_encoder, pipe.tokenizer, prompts, **text)
 
     device = processes.device
     pipe.vae.to(device)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, Qwen2TokenizerFast, T5TokenizerFast
 
@@ -30,20 +30,19 @@ from finetune.data import ReadReport, Source
 from finetune.dry_run import report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
 from finetune.memory import DTYPES, memory_verdict, pretraining_memory
-from finetune.models import TEXT_ENCODERS, live_text_encoder, read_token_size
+from finetune.models import live_text_encoder, read_token_size
 from finetune.source_check import open_data
 from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
-from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
+from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.files import save_whole
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
-from mf_diffusers.modality_forcing.text_features import encode_text
 from mf_diffusers.visualization import contact_sheet
 
 
-TRANSFORMERS = {"flux2": Flux2Transformer2DModel, "dit": ModalityForcingDiTTransformer2DModel}
 NO_DROPOUT = {"flux2": {}, "dit": {"dropout_rate": 0.0}}  # where it is not a text encoder's default
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -92,12 +91,12 @@ class PretrainConfig:
 
 def check(config: PretrainConfig) -> None:
     """Stops at settings that do not go together."""
-    if config.architecture not in TRANSFORMERS:
-        raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(TRANSFORMERS)}")
+    if config.architecture not in BACKBONES:
+        raise SystemExit(f"error: architecture {config.architecture!r} is none of {', '.join(BACKBONES)}")
     if config.text_encoder and config.pretrained_text_encoder:
         raise SystemExit("error: text_encoder is one that trains along, pretrained_text_encoder a frozen one: give one")
-    check_names("transformer", config.transformer, arguments_of(TRANSFORMERS[config.architecture]))
-    _, config_class = TEXT_ENCODERS[config.architecture]
+    check_names("transformer", config.transformer, arguments_of(BACKBONES[config.architecture].base_class))
+    config_class = BACKBONES[config.architecture].text_config_class
     known = arguments_of(config_class) - {"vocab_size"} | config_class.attribute_map.keys()  # it takes any name
     check_names("text_encoder", config.text_encoder or {}, known)
 
@@ -153,7 +152,7 @@ def open_vae(vae: str) -> AutoencoderKLFlux2:
 
 def open_text_encoder(config: PretrainConfig) -> tuple[PreTrainedModel, Qwen2TokenizerFast | T5TokenizerFast]:
     """The frozen text encoder and its tokenizer, from a folder, or the two folders of a pipeline."""
-    path, model_class = config.pretrained_text_encoder, TEXT_ENCODERS[config.architecture][0]
+    path, model_class = config.pretrained_text_encoder, BACKBONES[config.architecture].text_encoder_class
     is_pipeline = (Path(path) / "text_encoder").is_dir()
     folders = ({"subfolder": "text_encoder"}, {"subfolder": "tokenizer"}) if is_pipeline else ({}, {})
     try:
@@ -178,11 +177,12 @@ class TextToImage(torch.nn.Module):
     def __init__(self, config: PretrainConfig, tokenizer: Qwen2TokenizerFast | T5TokenizerFast | None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.transformer = TRANSFORMERS[config.architecture](**config.transformer)
+        backbone = BACKBONES[config.architecture]
+        self.transformer = backbone.base_class(**config.transformer)
         if tokenizer is not None:
-            model_class, config_class = TEXT_ENCODERS[config.architecture]
             arguments = NO_DROPOUT[config.architecture] | config.text_encoder
-            self.text_encoder = model_class(config_class(vocab_size=len(tokenizer), **arguments))
+            text_config = backbone.text_config_class(vocab_size=len(tokenizer), **arguments)
+            self.text_encoder = backbone.text_encoder_class(text_config)
 
     def forward(
         self, noisy: torch.Tensor, timestep: torch.Tensor, img_ids: torch.Tensor, text: list[str] | torch.Tensor
@@ -190,6 +190,7 @@ class TextToImage(torch.nn.Module):
         prompt_embeds = text
         if self.tokenizer is not None:
             layers, length = self.config.text_encoder_out_layers, self.config.max_sequence_length
+            encode_text = BACKBONES[self.config.architecture].encode_text
             prompt_embeds = encode_text(self.text_encoder, self.tokenizer, text, layers, length, noisy.device)
         return self.transformer(
             hidden_states=noisy,
@@ -338,7 +339,7 @@ def main():
         text_encoder.to(device)
 
         def encode(prompts: list[str]) -> torch.Tensor:
-            return encode_text(text_encoder, tokenizer, prompts, **text)
+            return BACKBONES[config.architecture].encode_text(text_encoder, tokenizer, prompts, **text)
 
     encoder = Encoder(vae, DepthProcessor(patch_size=2 ** len(vae.config.block_out_channels)), encode)
     encoders = text | {"text_encoder": weights_hash(text_encoder)} if is_frozen else {}

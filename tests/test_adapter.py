@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
-from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES, load_adapter, save_adapter
+from mf_diffusers.modality_forcing.adapter import load_adapter, save_adapter
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 
 
 BASE = {name: value for name, value in TINY_TRANSFORMER.items() if "depth" not in name} | {"guidance_embeds": False}
@@ -25,7 +26,7 @@ def trained(lora: bool):
     """A graft whose added weights have all moved, as training would move them."""
     model = graft()
     if lora:
-        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=LORA_TARGET_MODULES))
+        model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=BACKBONES["flux2"].lora_targets))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "depth" in name or "lora" in name:

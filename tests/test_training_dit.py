@@ -1,6 +1,7 @@
 """The from-scratch family through both training scripts, on a tiny instance and a few procedural scenes."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from finetune.config import load_config
 from finetune.models import empty_transformer
 from finetune.pretrain import PretrainConfig, train_unigram
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
-from mf_diffusers.modality_forcing.text_features import encode_text
+from mf_diffusers.modality_forcing.backbones import BACKBONES
+from mf_diffusers.modality_forcing.text_features import encode_t5
 
 
 ROOT = Path(__file__).parents[1]
@@ -160,9 +162,9 @@ def test_validation_of_the_base(vae, tmp_path, monkeypatch, capsys):
     def watch(text_encoder, tokenizer, prompts, layers, length, device):
         modes.append(text_encoder.training)
         assert text_encoder.config.dropout_rate == 0.5
-        return encode_text(text_encoder, tokenizer, prompts, layers, length, device)
+        return encode_t5(text_encoder, tokenizer, prompts, layers, length, device)
 
-    monkeypatch.setattr(pretrain, "encode_text", watch)
+    monkeypatch.setitem(BACKBONES, "dit", replace(BACKBONES["dit"], encode_text=watch))
     pretrain.main()
     assert (tmp_path / "run" / "samples-00000001.png").is_file()
     assert "losses at t" in capsys.readouterr().out

@@ -16,11 +16,6 @@ from .lora import ModalityForcingLoraMixin, convert_lora, put_lora
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
-# The trunk that a LoRA adapts, as PEFT's target_modules; the depth modules train whole.
-LORA_TARGET_MODULES = (
-    r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
-    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
-)
 # Arguments that a result depends on besides the weights and the pipeline's own; an adapter file carries them all.
 SETTINGS = {
     "graft": ("num_depth_decoder_layers", "depth_timestep_mixing"),
@@ -161,7 +156,7 @@ def base_hash(transformer: ModalityForcingFlux2Transformer2DModel) -> str:
 
 def depth_weights(transformer: ModalityForcingFlux2Transformer2DModel) -> StateDict:
     """The weights of the depth modules, by name."""
-    return {name: tensor for name, tensor in transformer.state_dict().items() if "depth" in name}
+    return {name: tensor for name, tensor in transformer.state_dict().items() if transformer.is_depth_parameter(name)}
 
 
 def save_adapter(
@@ -181,7 +176,7 @@ def save_adapter(
     adapted = [name for name in tensors if "lora_" in name]
     if adapted:
         raise ValueError(
-            f"A LoRA goes on the trunk (LORA_TARGET_MODULES), but there is {adapted[0]}: depth modules train whole."
+            f"A LoRA goes on the trunk (`Backbone.lora_targets`), but there is {adapted[0]}: depth modules train whole."
         )
     metadata = {"base": base, "base_sha256": base_hash(transformer), "settings": json.dumps(settings or {})}
     if getattr(transformer, "peft_config", None):

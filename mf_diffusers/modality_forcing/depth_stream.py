@@ -114,6 +114,23 @@ class DepthHead(nn.Module):
             return self.proj_out(hidden_states)
 
 
+class DepthStreamMixin:
+    """What a transformer says of its depth stream. Its class names the modules that depth adds in `_depth_modules`."""
+
+    _depth_modules: frozenset[str]
+
+    def is_depth_parameter(self, name: str) -> bool:
+        """Whether the parameter of this name was added by depth, to the transformer or to a LoRA on it."""
+        return not self._depth_modules.isdisjoint(name.split("."))
+
+    def reset_depth_outputs(self) -> None:
+        """Sets to zero what writes to the outside at the start: decoder gates, head, timestep mixers."""
+        embed, modulation, head = self.depth_time_embed, self.depth_decoder_modulation, self.depth_head
+        mixers = [embed.alpha_rgb, embed.alpha_depth] if embed.mixing else []
+        for parameter in (*mixers, *modulation.parameters(), *head.parameters()):
+            nn.init.zeros_(parameter)
+
+
 def graft_depth(model: ModelMixin, base: ModelMixin, clones: dict[str, str]) -> None:
     """
     Fills a transformer with the weights of its text-to-image base, and starts the depth modules.
@@ -132,14 +149,12 @@ def graft_depth(model: ModelMixin, base: ModelMixin, clones: dict[str, str]) -> 
     for depth_name, image_name in clones.items():
         weights[depth_name] = weights[image_name]
     model.load_state_dict({name: w.clone() for name, w in weights.items()}, strict=False, assign=True)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=base.device, recurse=False)
-            if name == "depth_time_embed" or name.startswith(("depth_decoder_modulation", "depth_head")):
-                for parameter in module.parameters(recurse=False):
-                    nn.init.zeros_(parameter)
-            else:
+            if hasattr(module, "reset_parameters"):  # all but what `reset_depth_outputs` sets
                 module.reset_parameters()
+    model.reset_depth_outputs()
 
 
 def join_ids(*ids: torch.Tensor) -> torch.Tensor:

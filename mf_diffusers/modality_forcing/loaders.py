@@ -11,10 +11,10 @@ from typing_extensions import Self
 
 from ..hub import repository_folder
 from .adapter import pipeline_settings, read_adapter_metadata
+from .backbones import backbone_of
 from .conversion import convert_published_autoencoder, load_safetensors
 from .depth_processor import DepthProcessor
 from .model_files import build_empty, check_weights
-from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -122,10 +122,9 @@ class ModalityForcingLoaderMixin:
         graft = {"num_depth_decoder_layers": num_depth_decoder_layers}
         if adapter is not None:
             graft |= read_adapter_metadata(adapter)["settings"].get("graft", {})
-        transformer_class = ModalityForcingFlux2Transformer2DModel
-        if isinstance(base.transformer, ModalityForcingDiTTransformer2DModel):
-            transformer_class = ModalityForcingDiTTransformer2DModel
+        if isinstance(base, cls):
             pipeline_config = pipeline_settings(base) | pipeline_config
+        transformer_class = backbone_of(base.transformer).transformer_class
         transformer = transformer_class.from_base(base.transformer, depth_channels=patch_size**2, **graft)
         pipe = cls(
             transformer=transformer,

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, UMT5EncoderModel
 
 from .adapter import ModalityForcingAdapterMixin
+from .backbones import backbone_of
 from .completion import log_correction
 from .depth_processor import DepthProcessor, shrink
 from .ensemble import ensemble_depth
@@ -33,7 +34,6 @@ from .loaders import ModalityForcingLoaderMixin
 from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
 from .stream import Stream
-from .text_features import encode_text
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
@@ -136,7 +136,7 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         prompt_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
-        Text features, hidden states of the text encoder: see [`encode_text`].
+        Text features, hidden states of the text encoder: see [`encode_qwen3`] and [`encode_t5`].
 
         Returns:
             Features (B * num_images_per_prompt, L, D) and text positions (1, L, 4).
@@ -148,7 +148,7 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
                 "for guidance."
             )
         if prompt_embeds is None:
-            prompt_embeds = encode_text(
+            prompt_embeds = backbone_of(self.transformer).encode_text(
                 self.text_encoder,
                 self.tokenizer,
                 [prompt] if isinstance(prompt, str) else prompt,

@@ -2,21 +2,15 @@
 
 import torch
 from diffusers.utils import logging
-from transformers import (
-    Qwen2TokenizerFast,
-    Qwen3ForCausalLM,
-    T5EncoderModel,
-    T5TokenizerFast,
-    UMT5EncoderModel,
-)
+from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5EncoderModel, T5TokenizerFast, UMT5EncoderModel
 
 
 logger = logging.get_logger(__name__)
 
 
-def encode_text(
-    text_encoder: Qwen3ForCausalLM | UMT5EncoderModel | T5EncoderModel,
-    tokenizer: Qwen2TokenizerFast | T5TokenizerFast,
+def encode_qwen3(
+    text_encoder: Qwen3ForCausalLM,
+    tokenizer: Qwen2TokenizerFast,
     prompts: list[str],
     out_layers: list[int],
     max_sequence_length: int,
@@ -24,37 +18,24 @@ def encode_text(
 ) -> torch.Tensor:
     """
     Qwen3 reads a prompt as a chat turn; its features are hidden layers side by side, padding included, on which FLUX.2
-    [klein] was trained. A T5 encoder reads it as it is; its features are the last hidden state, 0 where the prompt is
-    padded: what it makes of padding means nothing, and zeros need no mask in the transformer's attention.
+    [klein] was trained.
 
     Args:
         prompts: B texts; what is longer than `max_sequence_length` tokens is cut off, with a warning.
-        out_layers: hidden layers of Qwen3 to put side by side; of no concern to a T5 encoder.
+        out_layers: hidden layers to put side by side.
         max_sequence_length: L; shorter prompts are padded to it.
+        device: of the text encoder's inputs. Default: that of its weights.
 
     Returns:
-        (B, L, D), in the text encoder's dtype. D is len(out_layers) times the hidden size, or T5's d_model.
+        (B, L, len(out_layers) times the hidden size), in the text encoder's dtype.
     """
-    is_t5 = isinstance(text_encoder, (UMT5EncoderModel, T5EncoderModel))
-    texts = prompts
-    if not is_t5:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            for prompt in prompts
-        ]
-    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
-    if longest > max_sequence_length:
-        logger.warning(
-            f"The prompt has {longest} tokens, the text encoder takes {max_sequence_length}: the rest is cut off."
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-    tokens = tokenizer(
-        texts, return_tensors="pt", padding="max_length", truncation=True, max_length=max_sequence_length
-    ).to(device or text_encoder.device)
-    if is_t5:
-        features = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return features * tokens.attention_mask[..., None].to(features.dtype)
+        for prompt in prompts
+    ]
+    tokens = _tokens(tokenizer, texts, max_sequence_length).to(device or text_encoder.device)
     hidden_states = text_encoder(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,
@@ -63,3 +44,36 @@ def encode_text(
         logits_to_keep=1,  # the logits are not used
     ).hidden_states
     return torch.cat([hidden_states[layer] for layer in out_layers], dim=-1)
+
+
+def encode_t5(
+    text_encoder: UMT5EncoderModel | T5EncoderModel,
+    tokenizer: T5TokenizerFast,
+    prompts: list[str],
+    out_layers: list[int],
+    max_sequence_length: int,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    A T5 encoder reads a prompt as it is; its features are the last hidden state, 0 where the prompt is padded: what it
+    makes of padding means nothing, and zeros need no mask in the transformer's attention.
+
+    Args:
+        out_layers: of no concern: it is always the last.
+        The rest: as for [`encode_qwen3`].
+
+    Returns:
+        (B, L, T5's d_model), in the text encoder's dtype.
+    """
+    tokens = _tokens(tokenizer, prompts, max_sequence_length).to(device or text_encoder.device)
+    features = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    return features * tokens.attention_mask[..., None].to(features.dtype)
+
+
+def _tokens(tokenizer, texts: list[str], max_sequence_length: int):
+    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
+    if longest > max_sequence_length:
+        logger.warning(
+            f"The prompt has {longest} tokens, the text encoder takes {max_sequence_length}: the rest is cut off."
+        )
+    return tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=max_sequence_length)

@@ -18,6 +18,7 @@ from diffusers.utils import apply_lora_scale
 
 from .depth_stream import (
     DepthHead,
+    DepthStreamMixin,
     DepthTimestepEmbeddings,
     ModalityForcingTransformerOutput,
     graft_depth,
@@ -133,6 +134,7 @@ class ModalityForcingDiTTransformer2DModel(
     PeftAdapterMixin,
     CacheMixin,
     AttentionMixin,
+    DepthStreamMixin,
 ):
     r"""
     A diffusion transformer over one flat sequence of tokens, [text, image] or [text, image, depth], trained from
@@ -170,6 +172,16 @@ class ModalityForcingDiTTransformer2DModel(
     _repeated_blocks = ["ModalityForcingDiTTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "depth_head"]
     _keep_in_fp32_modules = ["depth_head"]
+    _depth_modules = frozenset(
+        {
+            "depth_time_embed",
+            "depth_modulation",
+            "depth_embedder",
+            "depth_decoder_modulation",
+            "depth_decoder_blocks",
+            "depth_head",
+        }
+    )
 
     @register_to_config
     def __init__(

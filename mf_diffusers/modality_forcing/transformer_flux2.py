@@ -37,6 +37,7 @@ from .conversion import (
 )
 from .depth_stream import (
     DepthHead,
+    DepthStreamMixin,
     DepthTimestepEmbeddings,
     ModalityForcingTransformerOutput,
     graft_depth,
@@ -205,6 +206,7 @@ class ModalityForcingFlux2Transformer2DModel(
     FromOriginalModelMixin,
     CacheMixin,
     AttentionMixin,
+    DepthStreamMixin,
 ):
     r"""
     The FLUX.2 transformer joined by a depth stream, with a noise level of its own for each modality.
@@ -229,6 +231,26 @@ class ModalityForcingFlux2Transformer2DModel(
     _repeated_blocks = ["ModalityForcingFlux2TransformerBlock", "Flux2SingleTransformerBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm", "depth_head"]
     _keep_in_fp32_modules = ["depth_head"]
+    _depth_modules = frozenset(
+        {
+            "depth_time_embed",
+            "double_stream_modulation_depth",
+            "single_stream_modulation_depth",
+            "depth_decoder_modulation",
+            "depth_embedder",
+            "depth_decoder_blocks",
+            "depth_head",
+            "norm_depth_q",
+            "norm_depth_k",
+            "depth_q_proj",
+            "depth_k_proj",
+            "depth_v_proj",
+            "to_depth_out",
+            "norm1_depth",
+            "norm2_depth",
+            "ff_depth",
+        }
+    )
     _cp_plan = {
         "": {
             name: ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
