@@ -1,96 +1,119 @@
-"""Depth maps on disk.
+"""Depth maps on disk and in memory.
 
-A depth map in memory is a float32 array (H, W) in which 0 means "no depth here".
+A depth map in memory is a float32 array (H, W) in which 0 means "no depth here" and inf "infinitely far".
 """
 
 import math
-import re
 import warnings
 from pathlib import Path
 
 import numpy as np
-import OpenEXR
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from mf_diffusers.depth_background import far_end
+from mf_diffusers.depth_files import READERS, exr, png, read_stored
 from mf_diffusers.files import atomic_write
+from mf_diffusers.input_warning import InputWarning
 
 
-DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".exr", ".tif", ".tiff", ".pfm")
+DEPTH_SUFFIXES = tuple(READERS)
 """What `read_depth` reads."""
 
 DEPTH_WRITE_SUFFIXES = (".npy", ".exr", ".png")
 """What `write_depth` writes."""
 
-EXR_DEPTH_CHANNELS = ("Z", "Y", "depth", "R")
-PNG_SCALE_KEY = "depth_scale"
-PNG_LEVELS = 65535
-COLOURED = "a coloured depth picture carries no depth values; give the raw depth it was made from"
+LARGEST = float(np.finfo(np.float32).max)
 
 
-def read_depth(path, scale=None, invalid=None, key=None, infinite=None):
+def read_depth(path, scale=None, invalid=None, key=None, infinite=None, maximum=None, inverse=False):
     """Read a depth map; the suffix (any of `DEPTH_SUFFIXES`) decides the format.
 
+    Where one value at the far end repeats and dwarfs the rest, as the background of a renderer does (1e10 of Blender,
+    65504 of half floats, 65535, a clip plane), it is missing, and an InputWarning says so: `FarEnd.is_background` has
+    the rule. A `maximum` of inf keeps it.
+
     Args:
-        path: the file. The first page of a TIFF and the first part of an EXR are read.
+        path: the file. The first page of a TIFF is read. Levels of a PNG with the text chunks `near` and `far` of MoGe
+            are logarithmic, and stand for the depth that they mean.
         scale: what stored values are multiplied by, e.g. 1/1000 for millimetres or 1/256 for KITTI PNGs. None: the
             scale that `write_depth` noted in a PNG, otherwise 1.
-        invalid: a stored value (before scaling), or a tuple of them, that means "missing", e.g. 65535 or 1e10.
-        key: which array of an npz or channel of an EXR. None: for npz "depth", or the only array; for EXR the first
-            of Z, Y, depth, R, or the only channel.
-        infinite: a stored value (before scaling, inf among them), or a tuple of them, that means "infinitely far".
+        invalid: a stored value (before scaling), or a tuple of them, that means "missing", e.g. 65535 or inf.
+        key: which array of an npz or channel of an EXR. None: for npz "depth", or the only array; for EXR the one that
+            is named as depth is (Z, depth.Z, Depth.V), or the only channel.
+        infinite: a stored value (before scaling), or a tuple of them, that means "infinitely far" besides inf.
+        maximum: the farthest depth (after scaling); what is farther is missing. None: no limit but the background.
+        inverse: whether the stored values, times `scale`, are 1 / depth. Then inf is missing.
 
     Returns:
-        float32 (H, W), inf where listed in `infinite`, and 0 where depth is missing: NaN, infinite (also when too large
-        for float32), zero or negative, or listed in `invalid`.
+        float32 (H, W): inf where infinite, and 0 where depth is missing: NaN, zero, negative, too large for float32,
+        beyond `maximum`, or listed in `invalid`.
 
-    Warns with UserWarning when the depth has only the 256 levels of 8 bits.
+    Warns with UserWarning when the depth has only the 256 levels of 8 bits, with InputWarning of a background, of
+    values too large for float32, and of a farthest depth beside which all other is next to nothing.
 
     Raises FileNotFoundError when there is no such file, and ValueError for everything that holds no depth map: a
-    suffix of another format, a damaged file, a coloured picture, a missing key, an array of other than (H, W),
-    (1, H, W) or (H, W, 1) numbers.
+    suffix of another format, a damaged file, a coloured picture, several channels that could be meant, a missing key,
+    an array of other than (H, W) numbers, one that is larger than the free memory.
     """
     if scale is not None and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"{path}: scale={scale!r} must be a positive number, e.g. 1/1000 for millimetres")
-    stored, noted_scale = _read_stored(path, key)
+    if maximum is not None and not maximum > 0:
+        raise ValueError(f"{path}: maximum={maximum!r} must be a positive number, or inf for no limit")
+    stored = read_stored(path, key)
     try:
-        depth = _scaled(stored, _noted_scale(noted_scale) if scale is None else scale)
+        scale = stored.scale if scale is None else scale
+        infinite = [*_listed(infinite), *([] if inverse or math.inf in _listed(invalid) else [math.inf])]
+        depth = _scaled(as_depth_map(stored.values, invalid=invalid, infinite=infinite), scale, inverse)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    for values, meaning in ((invalid, 0), (infinite, np.inf)):
-        if values is not None:
-            depth[_is_stored(values, stored).reshape(depth.shape)] = meaning
-    if stored.dtype == np.uint8:
-        warnings.warn(
-            f"{path}: 8-bit depth has only 256 levels; give 16-bit PNG or float depth if there is any",
-            UserWarning,
-            stacklevel=2,
+    values = stored.values.reshape(depth.shape)
+    too_large = (values > np.float64(LARGEST / max(scale, 1))) & np.isfinite(values) & ~_is_stored(_listed(invalid), values)
+    if too_large.any():
+        _warn(
+            path, f"{np.count_nonzero(too_large)} pixels are missing, {values[too_large].max():g} for one: too large for float32"
         )
+    if maximum is not None:
+        depth[(depth > maximum) & np.isfinite(depth)] = 0
+    elif end := far_end(depth):
+        at_end = depth == end.value
+        number = float(values[at_end][0])
+        found = f"{end.pixels} pixels hold {number:.9g}, {end.ratio:.3g} times the median of the others"
+        if end.is_background(number):
+            depth[at_end] = 0
+            _warn(
+                path,
+                f"{found}: taken for background, and missing; give infinite={number:.9g} if it is infinitely far, "
+                "maximum=inf if it is their depth",
+            )
+        elif end.is_suspicious:
+            _warn(path, f"{found}, which are next to nothing beside it; give maximum=... if it is no depth")
+    if values.dtype == np.uint8:
+        _warn(path, "8-bit depth has only 256 levels; give 16-bit PNG or float depth if there is any", UserWarning)
     return depth
 
 
-def read_values(path, key=None):
+def read_values(path, key=None, zero_is_value=False):
     """The numbers in a depth file whatever they mean: relative depth and disparity may well be 0 or negative.
 
     Args:
         path, key: as for `read_depth`.
+        zero_is_value: whether 0 is a value in files of whole numbers too, as it is where relative depth was spread
+            over all levels (Marigold's and Depth Anything's PNGs).
 
     Returns:
-        float32 (H, W), NaN where there is no value: what is not finite, and 0 in files of whole numbers, which have no
-        other way to say so. The scale noted in a PNG is applied.
+        float32 (H, W), NaN where there is no value: what is not finite, and unless `zero_is_value`, 0 in files of
+        whole numbers, which have no other way to say so. The scale noted in a PNG is applied.
 
     Raises FileNotFoundError and ValueError as `read_depth` does.
     """
-    stored, noted_scale = _read_stored(path, key)
+    stored = read_stored(path, key)
     try:
-        if stored.ndim == 3 and 1 in (stored.shape[0], stored.shape[-1]):
-            stored = stored.squeeze(0 if stored.shape[0] == 1 else -1)
-        if stored.ndim != 2 or stored.dtype.kind not in "uif":
-            raise ValueError(f"an array of shape {stored.shape}, {stored.dtype} is no map; write real numbers (H, W)")
-        values = (stored * _noted_scale(noted_scale)).astype(np.float32)
+        values, masked = _one_map(stored.values)
+        with np.errstate(over="ignore"):
+            read = (values * stored.scale).astype(np.float32)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return np.where(np.isfinite(values) & ((stored != 0) | (stored.dtype.kind == "f")), values, np.float32(np.nan))
+    zero_is_value |= values.dtype.kind == "f"
+    return np.where(np.isfinite(read) & ~masked & ((values != 0) | zero_is_value), read, np.float32(np.nan))
 
 
 def write_depth(path, depth):
@@ -113,163 +136,80 @@ def write_depth(path, depth):
             with temporary.open("wb") as file:  # given a name, np.save would add ".npy" to one that ends in ".NPY"
                 np.save(file, depth)
         elif suffix == ".exr":
-            header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
-            OpenEXR.File(header, {"Z": depth}).write(str(temporary))
+            exr.write(temporary, depth)
         else:
-            _write_png(temporary, depth)
+            png.write(temporary, depth)
 
 
-def as_depth_map(depth, mask=None):
+def as_depth_map(depth, mask=None, invalid=None, infinite=None, maximum=None):
     """Bring an array to the depth map of this package: float32 (H, W), 0 where depth is missing.
 
     Args:
-        depth: real numbers (H, W), (1, H, W) or (H, W, 1). Values that are not finite in float32 or not above 0 are
-            missing.
+        depth: real numbers (H, W), or with axes of length 1 before or behind these. Values that are not finite in
+            float32 or not above 0, and the masked ones of a masked array, are missing.
         mask: (H, W), True where depth counts. None: everywhere.
+        invalid: a value, or a tuple of them, that means "missing", e.g. 65535.
+        infinite: a value, or a tuple of them, that means "infinitely far", inf for one, and becomes inf.
+        maximum: the farthest depth; what is farther, but not infinite, is missing. None: no limit.
 
     Raises ValueError for any other shape, an empty array, or values that are not real numbers.
     """
-    depth = np.asarray(depth)
-    if depth.dtype.kind not in "uif":
-        raise ValueError(f"depth values of type {depth.dtype} are not real numbers; give floats or integers")
-    shape = depth.shape
-    if depth.ndim == 3 and 1 in (shape[0], shape[-1]):
-        depth = depth.squeeze(0 if shape[0] == 1 else -1)
-    if depth.ndim != 2 or depth.size == 0:
-        raise ValueError(f"depth of shape {shape} is no depth map; give one map (H, W), (1, H, W) or (H, W, 1)")
+    values, masked = _one_map(depth)
     with np.errstate(over="ignore", invalid="ignore"):
-        depth = depth.astype(np.float32)
-        valid = np.isfinite(depth) & (depth > 0)
+        depth = values.astype(np.float32)
+        valid = np.isfinite(depth) & (depth > 0) & ~masked
+    if maximum is not None:
+        valid &= depth <= maximum
+    known_infinite = _is_stored(_listed(infinite), values) & ~masked
+    valid &= ~_is_stored(_listed(invalid), values)
     if mask is not None:
         mask = np.asarray(mask)
         if mask.shape != depth.shape:
             raise ValueError(f"mask of shape {mask.shape} does not fit depth of shape {depth.shape}; resize it first")
         valid &= mask.astype(bool)
-    return np.where(valid, depth, np.float32(0))
+        known_infinite &= mask.astype(bool)
+    return np.where(known_infinite, np.float32(np.inf), np.where(valid, depth, np.float32(0)))
 
 
-def _existing_file(path):
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    return path
+def _one_map(depth):
+    """An array as (H, W) in the type it has, and where it is masked."""
+    depth = np.asanyarray(depth)
+    if depth.dtype.kind not in "uif":
+        raise ValueError(f"depth values of type {depth.dtype} are not real numbers; give floats or integers")
+    shape = depth.shape
+    while depth.ndim > 2 and 1 in (depth.shape[0], depth.shape[-1]):
+        depth = depth.squeeze(0 if depth.shape[0] == 1 else -1)
+    if depth.ndim != 2 or depth.size == 0:
+        raise ValueError(f"depth of shape {shape} is no depth map; give one map (H, W), (1, H, W) or (H, W, 1)")
+    return np.ma.getdata(depth), np.ma.getmaskarray(depth)
 
 
-def _read_stored(path, key):
-    """The stored numbers, and the text of the scale that the file notes or None."""
-    path = _existing_file(path)
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
-        raise ValueError(f"{path}: no depth format has the suffix {path.suffix!r}; use {', '.join(DEPTH_SUFFIXES)}")
-    if key is not None and suffix not in (".npz", ".exr"):
-        raise ValueError(f"{path}: key={key!r} picks from an .npz or .exr file; leave it out for {suffix}")
-    try:
-        return _READERS[suffix](path, key)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except Exception as error:  # decoders meet damaged files with errors of many types
-        raise ValueError(f"{path}: damaged, or not the {suffix} file that its name says: {error}") from error
+def _listed(values):
+    """None, a value or several of them as a list."""
+    return [] if values is None else np.ravel(values).tolist()
 
 
-def _scaled(stored, scale):
-    depth = as_depth_map(stored)
-    return depth if scale == 1 else as_depth_map(np.multiply(depth, scale, dtype=np.float64))
-
-
-def _is_stored(values, stored):
-    """Where a file stores one of some values."""
-    # 0.1 as float32 is not 0.1 as float64: compare in the precision in which the file stores its values.
+def _is_stored(numbers, stored):
+    """Where an array holds one of some numbers."""
+    if not numbers:
+        return np.zeros(stored.shape, dtype=bool)
+    # 0.1 as float32 is not 0.1 as float64: compare in the precision in which the values are stored.
     precision = stored.dtype if stored.dtype.kind == "f" else np.float64
     with np.errstate(over="ignore"):
-        return np.isin(stored, np.asarray(values, dtype=precision))
+        return np.isin(stored, np.asarray(numbers, dtype=precision))
 
 
-def _read_picture(path, key):
-    """PNG and TIFF: the values, and the text of the scale noted in the file, or None."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I") or image.mode == "F":
-            values = np.asarray(image)  # loads the file to its end, where text chunks may stand
-            return values, image.info.get(PNG_SCALE_KEY)
-        channels = np.asarray(image.convert("RGBA"))[..., :3]
-    if (channels != channels[..., :1]).any():
-        raise ValueError(COLOURED)
-    return channels[..., 0], None
+def _scaled(depth, scale, inverse):
+    """A depth map times a number, or the inverse of that. What becomes too large for float32 is missing."""
+    if scale == 1 and not inverse:
+        return depth
+    scaled = np.multiply(depth, scale, dtype=np.float64)
+    known = (scaled > 0) & np.isfinite(scaled)
+    if inverse:
+        np.divide(1, scaled, out=scaled, where=known)
+    scaled[known & (scaled > LARGEST)] = 0
+    return scaled.astype(np.float32)
 
 
-def _noted_scale(text):
-    if text is None:
-        return 1.0
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f'the text chunk "{PNG_SCALE_KEY}" is {text!r}, no positive number; pass scale=...')
-    return scale
-
-
-def _read_numpy(path, key):
-    with path.open("rb") as file:
-        if file.read(2) not in (b"\x93N", b"PK"):  # np.load would take it for a pickle and advise to allow that
-            raise ValueError("no NumPy file; write it with numpy.save or numpy.savez")
-        file.seek(0)
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, None
-        names = loaded.files
-        if key is None:
-            key = names[0] if len(names) == 1 else "depth"
-        if key not in names:
-            raise ValueError(f"no array {key!r} among {names}; name one of them with key=...")
-        return loaded[key], None
-
-
-def _read_exr(path, key):
-    with OpenEXR.File(str(path), separate_channels=True) as file:
-        if not file.parts:
-            raise ValueError("damaged: no pixels can be read; save the file again")
-        channels = {name: channel.pixels for name, channel in file.channels().items()}
-    if key is None and len(channels) == 1:
-        key = next(iter(channels))
-    elif key is None:
-        key = next((name for name in EXR_DEPTH_CHANNELS if name in channels), EXR_DEPTH_CHANNELS[0])
-        if key == "R" and not all(np.array_equal(channels["R"], channels[c], True) for c in "GB" if c in channels):
-            raise ValueError(COLOURED)
-    if key not in channels:
-        raise ValueError(f"no channel {key!r} among {sorted(channels)}; name one of them with key=...")
-    return channels[key], None
-
-
-def _read_pfm(path, key):
-    data = path.read_bytes()
-    header = re.match(rb"(P[Ff])\s+(\d+)\s+(\d+)\s+([-+]?\d*\.?\d+)\s", data)
-    if header is None:
-        raise ValueError('no PFM header ("Pf", width, height, scale)')
-    if header[1] == b"PF":
-        raise ValueError('"PF" is a picture of three channels; depth is stored as "Pf", one channel')
-    width, height = int(header[2]), int(header[3])
-    byte_order = "<" if float(header[4]) < 0 else ">"
-    if len(data) - header.end() != 4 * width * height:
-        raise ValueError(f"{len(data) - header.end()} bytes of values where {width}x{height} floats need 4 each")
-    values = np.frombuffer(data, f"{byte_order}f4", offset=header.end()).reshape(height, width)
-    return np.flipud(values), None  # the lowest row comes first
-
-
-def _write_png(path, depth):
-    scale = float(depth.max()) / PNG_LEVELS or 1.0
-    # At least level 1: a valid pixel must not round to 0, which means missing.
-    levels = np.where(depth > 0, np.clip(np.round(depth / scale), 1, PNG_LEVELS), 0)
-    notes = PngInfo()
-    notes.add_text(PNG_SCALE_KEY, repr(scale))
-    Image.fromarray(levels.astype(np.uint16)).save(path, format="PNG", pnginfo=notes)
-
-
-_READERS = {
-    ".png": _read_picture,
-    ".tif": _read_picture,
-    ".tiff": _read_picture,
-    ".npy": _read_numpy,
-    ".npz": _read_numpy,
-    ".exr": _read_exr,
-    ".pfm": _read_pfm,
-}
+def _warn(path, message, category=InputWarning):
+    warnings.warn(f"{path}: {message}", category, stacklevel=3)

@@ -14,6 +14,7 @@ from mf_diffusers.depth_io import (
     write_depth,
 )
 from mf_diffusers.files import atomic_write
+from mf_diffusers.input_warning import InputWarning
 
 
 DEPTH = np.array([[0.5, 1.25, 0], [3, 7.75, 2.5]], dtype=np.float32)
@@ -86,9 +87,27 @@ def test_npy_types_and_shapes(tmp_path, dtype, shape):
 
 
 def test_missing_pixels_come_back_as_zero(tmp_path):
-    stored = np.array([[np.nan, np.inf, -np.inf, -1, 0, 1e300, 2]])
-    np.save(tmp_path / "a.npy", stored)
-    assert read_depth(tmp_path / "a.npy").tolist() == [[0, 0, 0, 0, 0, 0, 2]]
+    np.save(tmp_path / "a.npy", np.array([[np.nan, -np.inf, -1, 0, 2]]))
+    assert read_depth(tmp_path / "a.npy").tolist() == [[0, 0, 0, 0, 2]]
+
+
+def test_what_float32_cannot_hold_is_missing_and_said(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[1e300, 2]]))
+    with pytest.warns(InputWarning, match=r"a\.npy: 1 pixels are missing, 1e\+300 for one: too large for float32"):
+        assert read_depth(tmp_path / "a.npy").tolist() == [[0, 2]]
+    np.save(tmp_path / "a.npy", np.array([[1e30, 2]]))
+    with pytest.warns(InputWarning, match="too large"):
+        assert read_depth(tmp_path / "a.npy", scale=1e10).tolist() == [[0, np.float32(2e10)]]
+
+
+def test_infinite_depth_stays_infinite(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[np.inf, 0, 0.5, 4]]))
+    assert read_depth(tmp_path / "a.npy", scale=2).tolist() == [[np.inf, 0, 1, 8]]
+    assert read_depth(tmp_path / "a.npy", invalid=np.inf).tolist() == [[0, 0, 0.5, 4]]
+    assert read_depth(tmp_path / "a.npy", infinite=4, maximum=0.4).tolist() == [[np.inf, 0, 0, np.inf]]
+    # In inverse depth it is the other way around.
+    assert read_depth(tmp_path / "a.npy", inverse=True, scale=0.5).tolist() == [[0, 0, 4, 0.5]]
+    assert read_depth(tmp_path / "a.npy", inverse=True, infinite=0).tolist() == [[0, np.inf, 2, 0.25]]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -113,7 +132,7 @@ def test_npz_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names, key", [("ZR", None), ("YR", None), (["depth", "R"], None), ("RGB", None), (["Layer.V"], None), ("AX", "A")]
+    "names, key", [("ZR", None), ("YA", None), (["depth", "R"], None), ("RGB", None), (["Layer.V"], None), ("AX", "A")]
 )
 def test_exr_channels(tmp_path, names, key):
     gray = "".join(names) == "RGB"
@@ -140,7 +159,7 @@ def save_coloured(path):
         ("a.png", save_coloured, {}, "coloured depth picture.*raw depth"),
         ("a.tif", save_coloured, {}, "coloured depth picture.*raw depth"),
         ("a.exr", lambda p: write_exr(p, R=DEPTH, G=DEPTH, B=DEPTH + 1), {}, "coloured depth picture.*raw depth"),
-        ("a.exr", lambda p: write_exr(p, A=DEPTH, V=DEPTH), {}, r"no channel 'Z' among \['A', 'V'\].*key="),
+        ("a.exr", lambda p: write_exr(p, U=DEPTH, V=DEPTH), {}, r"named as depth is among \['U', 'V'\].*key="),
         ("a.exr", lambda p: write_exr(p, Z=DEPTH), {"key": "V"}, r"no channel 'V' among \['Z'\].*key="),
         ("a.exr", lambda p: p.write_bytes(b"garbage"), {}, "damaged, or not the .exr file"),
         ("a.npz", lambda p: np.savez(p, x=DEPTH, y=DEPTH), {}, r"no array 'depth' among \['x', 'y'\].*key="),
@@ -149,7 +168,7 @@ def save_coloured(path):
         ("a.npz", lambda p: p.write_bytes(b"PK\3\4garbage"), {}, "damaged, or not the .npz file"),
         ("a.npy", lambda p: p.write_bytes(b"garbage"), {}, "no NumPy file"),
         ("a.npy", lambda p: p.write_bytes(b""), {}, "no NumPy file"),
-        ("a.npy", lambda p: np.save(p, np.array([[{}]])), {}, "allow_pickle"),
+        ("a.npy", lambda p: np.save(p, np.array([[{}]])), {}, "type object are no numbers"),
         ("a.npy", lambda p: np.save(p, np.ones(3)), {}, r"shape \(3,\) is no depth map; give one map \(H, W\)"),
         ("a.npy", lambda p: np.save(p, np.ones((2, 3, 3))), {}, r"shape \(2, 3, 3\) is no depth map"),
         ("a.npy", lambda p: np.save(p, np.ones((0, 3))), {}, r"shape \(0, 3\) is no depth map"),
@@ -163,8 +182,8 @@ def save_coloured(path):
         ("a.png", lambda p: save_png(p, LEVELS, depth_scale="-1"), {}, "depth_scale.*'-1'.*pass scale"),
         ("a.pfm", lambda p: p.write_bytes(b"garbage"), {}, "no PFM header"),
         ("a.pfm", lambda p: p.write_bytes(b"Pf\n1 1\nx\n" + bytes(4)), {}, "no PFM header"),
-        ("a.pfm", lambda p: p.write_bytes(b"PF\n1 1\n-1\n" + bytes(12)), {}, "three channels"),
-        ("a.pfm", lambda p: p.write_bytes(b"Pf\n2 1\n-1\n" + bytes(7)), {}, "7 bytes of values where 2x1 floats"),
+        ("a.pfm", lambda p: p.write_bytes(b"PF\n1 1\n-1\n" + bytes(range(12))), {}, "coloured depth picture"),
+        ("a.pfm", lambda p: p.write_bytes(b"Pf\n2 1\n-1\n" + bytes(7)), {}, "7 bytes of values where 2x1 pixels"),
         ("a.jpg", save_coloured, {}, r"no depth format has the suffix '\.jpg'; use \.png, \.npy"),
         ("depth", lambda p: p.write_bytes(b""), {}, "no depth format has the suffix ''"),
     ],

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mf_diffusers.depth_io import read_depth
+from mf_diffusers.depth_files import read_stored
+from mf_diffusers.depth_io import as_depth_map, read_depth
 from mf_diffusers.pictures import read_image
 
 from .dataset import Dataset, read_rgb
@@ -193,21 +194,14 @@ class MoGeLayout(Dataset):
 
 
 def read_log_depth(path) -> np.ndarray:
-    """Depth (H, W), float32, of MoGe's 16-bit PNG: 0 missing, infinite where it is said to be.
+    """Depth (H, W), float32, of MoGe's 16-bit PNG (see `log_depth`): 0 where missing, inf where infinite.
 
-    With u = (raw - 1) / 65533, depth = near^(1 - u) far^u; raw 0 is missing and 65535 infinite. The text chunks `near`
-    and `far`, and in older files `unit`, a factor, are in the file. Raises OSError or ValueError for other files.
+    Raises FileNotFoundError, and ValueError for other files.
     """
-    with Image.open(path) as stored:
-        raw, notes = np.asarray(stored), stored.info
-    if raw.dtype != np.uint16 or not {"near", "far"} <= notes.keys():
-        raise ValueError(f"{path}: no 16-bit PNG with the text chunks near and far, but {raw.dtype}, {sorted(notes)}")
-    near, far = float(notes["near"]), float(notes["far"])
-    share = (raw.astype(np.float64) - 1) / 65533
-    depth = near ** (1 - share) * far**share * float(notes.get("unit", 1))
-    depth[raw == 0] = 0
-    depth[raw == 65535] = np.inf
-    return depth.astype(np.float32)
+    values = read_stored(path).values
+    if values.dtype.kind != "f":
+        raise ValueError(f"{path}: no 16-bit PNG with the text chunks near and far")
+    return as_depth_map(values, infinite=np.inf)
 
 
 def read_lines(path) -> list[str]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from mf_diffusers.depth_io import read_depth
+from mf_diffusers.depth_io import as_depth_map, read_depth
 from mf_diffusers.input_warning import InputWarning
 from mf_diffusers.pictures import LYING, read_oriented, turned_upright
 
@@ -51,7 +51,7 @@ class DepthFormat:
     scale: float | None = None
     invalid: tuple[float, ...] = ()
     infinite: tuple[float, ...] = ()
-    maximum: float = math.inf
+    maximum: float | None = None
 
     @classmethod
     def from_metadata(cls, entry: Mapping) -> "DepthFormat":
@@ -65,12 +65,13 @@ class DepthFormat:
         stored = (entry.get(key, []) for key in ("depth_invalid", "depth_infinite"))
         invalid, infinite = (value if isinstance(value, list) else [value] for value in stored)
         infinite = [math.inf if value == "inf" else value for value in infinite]
-        scale, maximum = entry.get("depth_scale", DEPTH_ENCODINGS[encoding]), entry.get("depth_max", math.inf)
-        for value in (*invalid, *infinite, maximum, *([] if scale is None else [scale])):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+        scale, maximum = entry.get("depth_scale", DEPTH_ENCODINGS[encoding]), entry.get("depth_max")
+        given = [value for value in (scale, maximum) if value is not None]
+        for value in (*invalid, *infinite, *given):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 keys = "depth_scale, depth_invalid, depth_infinite and depth_max"
                 raise ValueError(f"{keys} take numbers, not {value!r}")
-        if maximum <= 0 or (scale is not None and scale <= 0):
+        if not all(value > 0 for value in given):
             raise ValueError("depth_scale and depth_max must be positive")
         return cls(encoding, scale, tuple(invalid), tuple(infinite), maximum)
 
@@ -79,18 +80,15 @@ class DepthFormat:
 
         Raises ValueError and FileNotFoundError as `read_depth` does.
         """
-        sun3d = self.encoding == "sun3d"
-        depth = read_depth(path, scale=1 if sun3d else self.scale, invalid=self.invalid, infinite=self.infinite)
-        infinite = np.isinf(depth)
-        depth[infinite] = 0
-        if sun3d:
-            stored = depth.astype(np.uint16)
-            depth = ((stored >> 3) | (stored << 13)) * np.float32(self.scale)
-        if self.encoding == "inverse":
-            with np.errstate(over="ignore"):
-                depth = np.divide(1, depth, out=np.zeros_like(depth), where=depth > 0)
-        depth = np.where(depth <= min(self.maximum, np.finfo(np.float32).max), depth, np.float32(0))
-        return np.where(infinite, np.float32(np.inf), depth)
+        invalid = self.invalid if math.inf in self.infinite else (*self.invalid, math.inf)
+        listed = {"invalid": invalid, "infinite": self.infinite}
+        if self.encoding != "sun3d":
+            return read_depth(path, self.scale, **listed, maximum=self.maximum, inverse=self.encoding == "inverse")
+        stored = read_depth(path, 1, **listed, maximum=math.inf)
+        infinite = np.isinf(stored)
+        bits = np.where(infinite, 0, stored).astype(np.uint16)
+        depth = ((bits >> 3) | (bits << 13)) * np.float32(self.scale)
+        return np.where(infinite, np.float32(np.inf), as_depth_map(depth, maximum=self.maximum))
 
 
 class Caption(NamedTuple):

@@ -96,10 +96,10 @@ class DepthProcessor(ConfigMixin):
     def to_tensor(self, depth) -> torch.Tensor:
         """
         Args:
-            depth: a map or a batch of maps in any positive unit. `torch.Tensor` of shape (H, W), (B, H, W) or
-                (B, 1, H, W); `np.ndarray` of these shapes, (H, W, 1) or (B, H, W, 1), where the masked pixels of a
-                masked array are missing; `PIL.Image.Image` with one channel (modes "I;16", "I", "F", "L"); or a list
-                of these, all of one size.
+            depth: a map or a batch of maps in any positive unit. `torch.Tensor` or `np.ndarray` of shape (H, W),
+                (B, H, W), (B, 1, H, W), (H, W, 1) or (B, H, W, 1), of which the masked pixels of a masked array are
+                missing; `PIL.Image.Image` with one channel (modes "I;16", "I", "F", "L"); or a list of these, all of
+                one size.
 
         Returns:
             `torch.Tensor` of shape (B, 1, H, W), float32.
@@ -107,8 +107,6 @@ class DepthProcessor(ConfigMixin):
         Raises:
             ValueError: a shape or kind that is not in the list, an empty map, or maps of different sizes.
         """
-        if isinstance(depth, np.ma.MaskedArray):
-            depth = depth.astype(np.float32).filled(np.nan)
         maps = _as_batch(depth, "depth map")
         if maps.dtype == torch.bool or maps.is_complex():
             raise ValueError(f"A depth map holds numbers, not {maps.dtype}; a mask goes into `depth_mask`.")
@@ -274,17 +272,20 @@ def _as_batch(maps, noun: str) -> torch.Tensor:
                 "no depth values: give the raw depth (16-bit PNG, EXR, npy) instead."
             )
         maps = np.array(maps)
+    if isinstance(maps, np.ma.MaskedArray):
+        maps = maps.astype(np.float32).filled(np.nan)
     if isinstance(maps, np.ndarray) and maps.dtype.kind in "buif":
-        if maps.ndim in (3, 4) and maps.shape[-1] == 1:
-            maps = maps[..., 0]
-        if maps.dtype.kind in "ui" and maps.dtype.itemsize > 1:
-            maps = maps.astype(np.float32)  # torch has few operations on unsigned integers
+        if maps.dtype.kind != "b" and maps.dtype.itemsize not in (1, 4):
+            with np.errstate(over="ignore"):
+                maps = maps.astype(np.float32)  # of some types torch knows nothing, of others few operations
         maps = torch.from_numpy(np.ascontiguousarray(maps, dtype=maps.dtype.newbyteorder("=")))
     if not isinstance(maps, torch.Tensor):
         raise ValueError(
             f"A {noun} must be a tensor, a numeric array, a PIL image or a list of these, got {type(maps)}."
         )
     shape = tuple(maps.shape)
+    if maps.ndim in (3, 4) and shape[-1] == 1:
+        maps = maps[..., 0]
     if maps.ndim == 2:
         maps = maps[None]
     if maps.ndim == 3:
