@@ -66,10 +66,12 @@ def read_depth(path, scale=None, invalid=None, key=None, infinite=None, maximum=
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     values = stored.values.reshape(depth.shape)
-    too_large = (values > np.float64(LARGEST / max(scale, 1))) & np.isfinite(values) & ~_is_stored(_listed(invalid), values)
+    too_large = (
+        (values > np.float64(LARGEST / max(scale, 1))) & np.isfinite(values) & ~_is_stored(_listed(invalid), values)
+    )
     if too_large.any():
         _warn(
-            path, f"{np.count_nonzero(too_large)} pixels are missing, {values[too_large].max():g} for one: too large for float32"
+            path, f"{np.count_nonzero(too_large)} pixels are missing, {values[too_large][0]:g}: too large for float32"
         )
     if maximum is not None:
         depth[(depth > maximum) & np.isfinite(depth)] = 0

@@ -194,3 +194,43 @@ def test_prediction_with_sky_feeds_back_through_its_mask(processor):
 def test_tokens_that_do_not_fit(processor):
     with pytest.raises(ValueError, match="do not make a depth map of 8x8"):
         processor.postprocess(torch.ones(1, 3, 16), 8, 8)
+
+
+WIDE = np.linspace(1, 2, 12).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    "depth, maps",
+    [
+        (torch.tensor(WIDE)[..., None], 1),  # (H, W, 1): one map, not H maps one pixel wide
+        (torch.tensor(WIDE)[None, ..., None], 1),
+        (torch.tensor(WIDE).expand(5, 3, 4)[..., None], 5),
+        (torch.tensor(WIDE)[None, None], 1),
+        (WIDE[..., None], 1),
+        (WIDE.astype(np.longdouble), 1),
+        (WIDE.astype(np.float16), 1),
+        (WIDE.astype(">f4"), 1),
+        ([torch.tensor(WIDE)[..., None], WIDE.astype(np.longdouble)], 2),
+    ],
+)
+def test_one_map_in_all_its_shapes_and_types(depth, maps):
+    tensor = DepthProcessor().to_tensor(depth)
+    assert tensor.shape == (maps, 1, 3, 4)
+    np.testing.assert_allclose(tensor[-1, 0], WIDE, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.uint16, np.uint32, np.uint64])
+def test_whole_numbers_of_all_sizes(kind):
+    levels = np.array([[1, 30000, 2], [0, 5, 6]], dtype=kind)
+    assert np.array_equal(DepthProcessor().to_tensor(levels)[0, 0], levels)
+
+
+def test_masked_pixels_are_missing_in_lists_too():
+    masked = np.ma.masked_equal(np.array([[7, 2], [3, 4]]), 7)
+    for depth in (masked, [masked, np.ones((2, 2))], masked[..., None]):
+        valid = DepthProcessor(patch_size=2).normalize(DepthProcessor().to_tensor(depth))[1]
+        assert valid[0, 0].tolist() == [[False, True], [True, True]]
+
+
+def test_masks_of_one_map_in_the_shape_of_a_picture():
+    assert DepthProcessor().mask_to_tensor(torch.ones(3, 4, 1)).shape == (1, 1, 3, 4)

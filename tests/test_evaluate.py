@@ -6,6 +6,7 @@ import math
 import shutil
 
 import numpy as np
+import OpenEXR
 import pytest
 import torch
 from accelerate import PartialState, debug_launcher
@@ -33,6 +34,7 @@ from mf_diffusers.evaluation.predictors import FolderPredictor, ModelPredictor, 
 from mf_diffusers.evaluation.protocol import Protocol
 from mf_diffusers.evaluation.report import PUBLISHED, markdown
 from mf_diffusers.evaluation.run import evaluate
+from mf_diffusers.input_warning import InputWarning
 
 
 SIZE = (24, 32)
@@ -91,9 +93,8 @@ def model(tmp_path_factory):
 
 
 def score(data, predictions, output, alignment="robust", limit=None, **protocol):
-    return evaluate(
-        Folder(data), Protocol("folder", alignment, **protocol), FolderPredictor(predictions), output, limit
-    )
+    predictor = FolderPredictor(predictions, disparity=alignment == "disparity")
+    return evaluate(Folder(data), Protocol("folder", alignment, **protocol), predictor, output, limit)
 
 
 def call(*arguments):
@@ -299,8 +300,9 @@ def test_values_of_predictions_are_taken_as_they_are(tmp_path):
     np.testing.assert_array_equal(read_values(tmp_path / "a.npy"), [[-1, 0, np.nan, np.nan]])
     write_depth(tmp_path / "a.png", np.array([[0, 1, 2]]))
     np.testing.assert_allclose(read_values(tmp_path / "a.png"), [[np.nan, 1, 2]], rtol=1e-4)
+    np.testing.assert_allclose(read_values(tmp_path / "a.png", zero_is_value=True), [[0, 1, 2]], rtol=1e-4)
     np.save(tmp_path / "a.npy", np.ones((2, 3, 4)))
-    with pytest.raises(ValueError, match=r"a\.npy: an array of shape \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"a\.npy: depth of shape \(2, 3, 4\) is no depth map"):
         read_values(tmp_path / "a.npy")
 
 
@@ -514,3 +516,149 @@ def test_scores_of_depth_to_image(depth_anything, dino, tmp_path):
     assert scores["frechet_distance"] > 0
     same = depth_to_image_scores(frames, [Image.fromarray(f.image) for f in frames], estimator, features)
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+LAYOUTS = {
+    "MoGe": ("{}/depth.exr", "depth"),
+    "MoGe's baselines": ("{}/depth_affine_invariant.exr", "depth"),
+    "Marigold": ("depth_npy/{}_depth.npy", "depth"),
+    "Marigold before 2025": ("depth_npy/{}_pred.npy", "depth"),
+    "Depth Anything": ("{}_raw_depth_meter.npy", "depth"),
+    "Depth Pro": ("{}.npz", "depth"),
+    "PFM": ("{}.pfm", "depth"),
+    "MoGe's disparity": ("{}/disparity.exr", "disparity"),
+    "Monodepth2": ("{}_disp.npy", "disparity"),
+    "Depth Anything, relative": ("{}.npy", "disparity"),
+}
+
+
+def write_values(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".exr":
+        OpenEXR.File({"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, {"Y": values}).write(
+            str(path)
+        )
+    elif path.suffix == ".npz":
+        np.savez(path, depth=values, focallength_px=50.0)
+    elif path.suffix == ".pfm":
+        path.write_bytes(b"Pf\n%d %d\n-1\n" % values.shape[::-1] + values[::-1].astype("<f4").tobytes())
+    else:
+        np.save(path, values)
+
+
+@pytest.mark.parametrize("layout, kind", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_layouts_of_other_programs_are_found(data, tmp_path, layout, kind):
+    """Beside them lie the pictures for the eye that these programs write, and that are no predictions."""
+    disparity = kind == "disparity"
+    for number in range(5):
+        depth = 0.3 * np.maximum(truth(number), 0.5)
+        write_values(tmp_path / "p" / layout.format(number), 1 / depth - 0.1 if disparity else depth)
+        Image.new("RGB", (70, 24), "red").save(tmp_path / "p" / f"{number}.png")
+    report = score(data, tmp_path / "p", tmp_path / "run", "disparity" if disparity else "scale")
+    assert report["counts"]["frames_by_status"] == {"scored": 5}
+    assert report["mean"]["abs_rel"] < 1e-4
+    assert [frame["file"] for frame in report["frames"]] == [layout.format(number) for number in range(5)]
+
+
+def test_disparity_is_not_taken_for_depth(data, tmp_path):
+    for number in range(5):
+        write_values(tmp_path / "p" / f"{number}_disp.npy", 1 / np.maximum(truth(number), 0.5))
+    report = score(data, tmp_path / "p", tmp_path / "run")
+    assert report["counts"]["frames_by_status"] == {"failed": 5}
+    assert report["left_out"][0]["reason"] == (
+        "0: prediction 0_disp.npy is disparity: score it with alignment='disparity'"
+    )
+    write_values(tmp_path / "p" / "0" / "depth.npy", truth(0))  # where both are, the one that is meant
+    write_values(tmp_path / "p" / "0" / "disparity.npy", 1 / np.maximum(truth(0), 0.5))
+    for alignment, file in (("scale", "0/depth.npy"), ("disparity", "0/disparity.npy")):
+        frame = score(data, tmp_path / "p", tmp_path / alignment, alignment, limit=1)["frames"][0]
+        assert frame["file"] == file
+        assert frame["metrics"]["abs_rel"] < 1e-4
+
+
+@pytest.mark.parametrize("bits, mode", [(16, None), (8, None), (8, "RGB")])
+def test_predictions_whose_level_0_is_a_value(data, tmp_path, bits, mode):
+    """As Marigold's and Depth Anything's, which spread what they predict over all levels."""
+    (tmp_path / "p").mkdir()
+    for number in range(5):
+        depth = np.maximum(truth(number), truth(number)[3:].min())
+        share = (depth - depth.min()) / np.ptp(depth)
+        levels = (share * (2**bits - 1)).astype(np.uint16 if bits == 16 else np.uint8)
+        Image.fromarray(levels).convert(mode).save(tmp_path / "p" / f"{number}.png")
+    missing = score(data, tmp_path / "p", tmp_path / "a")
+    assert missing["mean"]["nonfinite"] > 0
+    options = ["--data", data, "--predictions", tmp_path / "p", "--output", tmp_path / "b"]
+    assert call(*options, "--zero-is-value").exit_code == 0
+    value = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert value["mean"]["nonfinite"] == 0
+    assert value["mean"]["abs_rel"] < (1e-3 if bits == 16 else 1e-2) < missing["mean"]["abs_rel"] * 10
+    assert value["predictor"]["zero_is_value"]
+    assert call(*options).exit_code == 1  # another run
+
+
+def nested_data(path):
+    """Frames in folders, as the benchmarks have them."""
+    make_data(path)
+    lines = []
+    for number in range(5):
+        (path / f"scene{number}" / "cam").mkdir(parents=True)
+        for suffix in (".png", ".npy"):
+            (path / f"{number}{suffix}").rename(path / f"scene{number}" / "cam" / f"0{suffix}")
+        lines.append({f"{kind}file_name": f"scene{number}/cam/0{suffix}" for kind, suffix in KINDS})
+    write_lines(path, lines)
+    return path
+
+
+KINDS = (("", ".png"), ("depth_", ".npy"))
+
+
+def test_views_are_written_for_other_programs_and_their_predictions_found(tmp_path):
+    data, views = nested_data(tmp_path / "data"), tmp_path / "views"
+    outcome = call("--data", data, "--center-crop", 16, "--save-views", views)
+    assert outcome.exit_code == 0
+    assert sorted(path.name for path in views.iterdir()) == [f"scene{number}--cam--0.png" for number in range(5)]
+    frame = Folder(data)[2]
+    view, _ = Protocol("folder", center_crop=16).view(frame)
+    with Image.open(views / "scene2--cam--0.png") as picture:
+        assert np.array_equal(np.asarray(picture), view.image)
+
+    for number, path in enumerate(sorted(views.iterdir())):
+        view, _ = Protocol("folder", center_crop=16).view(Folder(data)[number])
+        write_values(tmp_path / "p" / "depth_npy" / f"{path.stem}_depth.npy", np.maximum(view.depth, 0.5))
+    report = score(data, tmp_path / "p", tmp_path / "run", "scale", center_crop=16)
+    assert report["mean"]["abs_rel"] < 1e-6
+    assert report["mean"]["images"] == 5
+
+    shutil.rmtree(data / "scene3")
+    outcome = call("--data", data, "--save-views", tmp_path / "some", "--limit", 4)
+    assert outcome.exit_code == 1
+    assert "error: scene3/cam/0: " in outcome.stderr
+    assert len(list((tmp_path / "some").iterdir())) == 3
+
+
+def test_views_of_one_name_are_refused(data, tmp_path):
+    (data / "a").mkdir()
+    for name in ("a--b.png", "a/b.png"):
+        shutil.copy(data / "0.png", data / name)
+    write_lines(data, [{"file_name": name} for name in ("a--b.png", "a/b.png")])
+    outcome = call("--data", data, "--save-views", tmp_path / "views")
+    assert outcome.exit_code == 1
+    assert "error: 1 frames have the same file name with -- for /: ['a--b']" in outcome.stderr
+
+
+def test_compare_takes_disparity_against_depth(data, predictions, tmp_path):
+    for number in range(5):
+        write_values(tmp_path / "p" / f"{number}_disp.npy", 2 / np.maximum(truth(number), 0.5) + 1)
+    first = score(data, predictions, tmp_path / "a")
+    second = score(data, tmp_path / "p", tmp_path / "b", "disparity")
+    reports = [tmp_path / run / "report.json" for run in "ab"]
+    with pytest.warns(InputWarning, match=r"a.report\.json are aligned by robust, those of .*json by disparity"):
+        row = compare(*reports)["abs_rel"]
+    assert row["difference"] == pytest.approx(second["mean"]["abs_rel"] - first["mean"]["abs_rel"])
+    assert row["high"] < 0
+    printed = CliRunner().invoke(cli.app, ["compare", *map(str, reports)])
+    assert printed.exit_code == 0
+    assert "warning: the predictions of" in printed.stderr
+    score(data, tmp_path / "p", tmp_path / "c", "disparity", center_crop=16)
+    with pytest.raises(ValueError, match=r"other protocols .* center_crop None and 16"):
+        compare(reports[0], tmp_path / "c" / "report.json")

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typer.core import TyperGroup
 
 from mf_diffusers.commands.options import FLAGS
-from mf_diffusers.errors import errors_as_lines
+from mf_diffusers.errors import errors_as_lines, with_options
+from mf_diffusers.input_warning import InputWarning
 
 
 class Commands(TyperGroup):
@@ -20,9 +21,11 @@ class Commands(TyperGroup):
 
 @contextmanager
 def warnings_as_lines(quiet: bool):
-    """Print this package's warnings (UserWarning itself) as lines on stderr, and no others; none when `quiet`."""
+    """Print this package's warnings as lines on stderr, and no others; when `quiet`, of these `InputWarning` alone."""
+    shown = (InputWarning,) if quiet else (InputWarning, UserWarning)
     with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
         warnings.showwarning = lambda message, category, *_: (
-            None if quiet or category is not UserWarning else print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {with_options(str(message), FLAGS)}", file=sys.stderr) if category in shown else None
         )
         yield

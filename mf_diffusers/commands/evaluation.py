@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mf_diffusers.alignment import ALIGNMENTS
+from mf_diffusers.commands.console import warnings_as_lines
 from mf_diffusers.commands.options import (
     Device,
     Dtype,
@@ -32,8 +33,12 @@ def evaluate(
         str | None, option("--model", "-m", envvar="MF_DIFFUSERS_MODEL", help="Folder or Hub id of the model.")
     ] = None,
     predictions: Annotated[
-        Path | None, option(help="Score depth files of any method instead: NAME.npy, .exr, .png, ... for each frame.")
+        Path | None,
+        option(help="Score the files of any method instead: NAME.npy, .exr, ..., or where their programs put them."),
     ] = None,
+    zero_is_value: Annotated[
+        bool, option("--zero-is-value", help="Level 0 of predicted PNGs is a value (Marigold's, Depth Anything's).")
+    ] = False,
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; 10 in the paper.")] = 1,
     steps: Steps = None,
     seed: Annotated[int, option(min=0, max=2**32, help="Frame number i, from 0, has the seed SEED + i.")] = 0,
@@ -52,6 +57,9 @@ def evaluate(
     save_predictions: Annotated[
         bool, option("--save-predictions", panel="Result", help="Keep them, for --predictions.")
     ] = False,
+    save_views: Annotated[
+        Path | None, option(panel="Result", help="Folder for the pictures to predict on, SCENE--12.png; then stop.")
+    ] = None,
     overwrite: Annotated[bool, option("--overwrite", panel="Result", help="Begin anew.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -71,12 +79,18 @@ def evaluate(
     from mf_diffusers.evaluation.predictors import FolderPredictor, ModelPredictor
     from mf_diffusers.evaluation.run import evaluate as run_evaluation
     from mf_diffusers.evaluation.run import processes
+    from mf_diffusers.evaluation.views import save_views as write_views
 
     protocol = Protocol(dataset, alignment, negative, center_crop, geometry)
     frames = BENCHMARKS[dataset].open(data)
     total = len(frames)  # what cannot be listed is found out before the model is loaded
+    if save_views:
+        failed = write_views(frames, protocol, save_views, limit)
+        for line in failed:
+            typer.echo(f"error: {line}", err=True)
+        raise typer.Exit(1 if failed else 0)
     if predictions:
-        predictor = FolderPredictor(predictions)
+        predictor = FolderPredictor(predictions, zero_is_value, disparity=alignment == "disparity")
     elif model is None:
         raise ValueError("nothing to score: give a `model`, or a folder of `predictions`.")
     else:
@@ -87,7 +101,8 @@ def evaluate(
         pipe.set_progress_bar_config(disable=True)
         facts = {"model": str(Path(model).resolve()) if Path(model).exists() else model, "lora": lora}
         predictor = ModelPredictor(pipe, facts, steps, ensemble, seed, disparity=alignment == "disparity")
-    report = run_evaluation(frames, protocol, predictor, output, limit, save_predictions, overwrite, quiet)
+    with warnings_as_lines(quiet):
+        report = run_evaluation(frames, protocol, predictor, output, limit, save_predictions, overwrite, quiet)
     if report is not None:  # the main process speaks
         show(report, total, output, quiet)
 
@@ -129,7 +144,9 @@ def compare(
     mf-diffusers compare outputs/a/report.json outputs/b/report.json
     """
     table = Table("metric", "A", "B", "B - A", "95 % interval", "frames")
-    for metric, row in compare_reports(first, second, seed=seed).items():
+    with warnings_as_lines(quiet=False):
+        compared = compare_reports(first, second, seed=seed)
+    for metric, row in compared.items():
         values = [f"{row[name]:.4f}" for name in ("first", "second")]
         interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
         table.add_row(metric, *values, f"{row['difference']:+.4f}", interval, str(row["frames"]))

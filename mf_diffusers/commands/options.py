@@ -41,11 +41,15 @@ FLAGS = {
     "width": "--width",
     "scale": "--depth-scale",
     "key": "--depth-key",
+    "invalid": "--depth-invalid",
+    "infinite": "--depth-infinite",
+    "maximum": "--depth-max",
     "fov_degrees": "--fov",
     "model": "--model",
     "lora": "--lora",
     "text_encoder": "--text-encoder",
     "predictions": "--predictions",
+    "alignment": "--alignment",
     "output": "--output",
     "overwrite": "--overwrite",
     "prefix": "--prefix",
@@ -84,7 +88,7 @@ Offload = Annotated[
     str, option(panel="Machine", **choice("none", "model", "group"), help="Weights in main memory; group: least VRAM.")
 ]
 Offline = Annotated[bool, option("--offline", panel="Machine", help="Ask no server; only what is on disk.")]
-Quiet = Annotated[bool, option("--quiet", "-q", panel="Machine", help="Print errors alone.")]
+Quiet = Annotated[bool, option("--quiet", "-q", panel="Machine", help="Print errors alone, and what was repaired.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from mf_diffusers.commands.options import Options, option, shares_options
-from mf_diffusers.depth_io import DEPTH_SUFFIXES, as_depth_map, read_depth
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_depth
 from mf_diffusers.pictures import IMAGE_SUFFIXES, read_image
 
 
@@ -68,21 +67,38 @@ def image(
         float | None, option(help="Factor of stored values, 0.001 for millimetres; default: the one in the file.")
     ] = None,
     depth_key: Annotated[str | None, option(help="Array of an npz, channel of an EXR.")] = None,
+    depth_invalid: Annotated[
+        list[float] | None, option(metavar="VALUE", help="Stored value that means missing; may be given again.")
+    ] = None,
+    depth_infinite: Annotated[
+        list[float] | None, option(metavar="VALUE", help="Stored value that means infinitely far, besides inf.")
+    ] = None,
+    depth_max: Annotated[
+        float | None,
+        option(
+            help="What is farther is missing; inf: nothing is. Default: what looks like a background, and it is said."
+        ),
+    ] = None,
     inverse: Annotated[
         bool, option("--inverse", help="Files hold inverse depth (bright is near), as artists' maps do.")
     ] = False,
 ):
-    """Make images of depth maps: larger is farther (unless --inverse), 0 is missing.
+    """Make images of depth maps: larger is farther (unless --inverse), 0 is missing, inf infinitely far.
 
     mf-diffusers image outputs/photo/depth.png --prompt "the same street in snow" --model MODEL
     """
     from mf_diffusers.commands.batch import Batch
 
     def inputs(path):
-        values = read_depth(path, scale=depth_scale, key=depth_key)
-        if inverse:
-            with np.errstate(divide="ignore", over="ignore"):
-                values = as_depth_map(1 / values)
+        values = read_depth(
+            path,
+            scale=depth_scale,
+            invalid=depth_invalid,
+            key=depth_key,
+            infinite=depth_infinite,
+            maximum=depth_max,
+            inverse=inverse,
+        )
         return {"depth": values, "prompt": prompt, "log2_alpha": log2_alpha}
 
     own = {
@@ -90,6 +106,9 @@ def image(
         "log2_alpha": log2_alpha,
         "depth_scale": depth_scale,
         "depth_key": depth_key,
+        "depth_invalid": depth_invalid and [str(value) for value in depth_invalid],  # inf is no number of JSON
+        "depth_infinite": depth_infinite and [str(value) for value in depth_infinite],
+        "depth_max": depth_max and str(depth_max),
         "inverse": inverse,
     }
     Batch("image", options, own).run(files_among(depths, DEPTH_SUFFIXES), inputs)

@@ -2,11 +2,13 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 from mf_diffusers.evaluation.metrics import COUNTS
+from mf_diffusers.input_warning import InputWarning
 
 
 RESAMPLES = 10_000
@@ -21,6 +23,9 @@ def compare(first, second, confidence=0.95, seed=0):
     (Efron 1979). It speaks of other frames like these; noise in the predictions of a model enters as far as it differs
     from frame to frame.
 
+    Disparity that was aligned as such may be compared with depth, since the metrics are those of the depth that it
+    gives; an InputWarning names the two alignments.
+
     Args:
         first, second: paths of `report.json`.
 
@@ -31,6 +36,14 @@ def compare(first, second, confidence=0.95, seed=0):
     """
     reports = [_read(path) for path in (first, second)]
     protocols = [report["protocol"] for report in reports]
+    alignments = [protocol["alignment"] for protocol in protocols]
+    if alignments.count("disparity") == 1:
+        protocols = [protocol | {"alignment": "disparity"} for protocol in protocols]
+        warnings.warn(
+            f"the predictions of {first} are aligned by {alignments[0]}, those of {second} by {alignments[1]}",
+            InputWarning,
+            stacklevel=2,
+        )
     other = [name for name in protocols[0] if protocols[0][name] != protocols[1].get(name)]
     if other:
         pairs = [f"{name} {protocols[0][name]!r} and {protocols[1].get(name)!r}" for name in other]

@@ -13,11 +13,33 @@ import numpy as np
 import torch
 
 from mf_diffusers.depth_io import read_values
+from mf_diffusers.evaluation.views import flat_name
 from mf_diffusers.files import ESCAPED, atomic_write
 
 
 SUFFIXES = (".npy", ".npz", ".exr", ".pfm", ".tif", ".tiff", ".png")
 """Of prediction files, in the order in which they are looked for: the exact ones first."""
+
+LAYOUTS = (
+    "{}",  # ours, Depth Pro, MiDaS
+    "{}/depth",  # ours, MoGe
+    "{}/depth_metric",  # MoGe's baselines
+    "{}/depth_scale_invariant",
+    "{}/depth_affine_invariant",
+    "depth_npy/{}_depth",  # Marigold
+    "depth_npy/{}_pred",  # Marigold before 2025, GeoWizard
+    "depth_npy/{}",
+    "depth_bw/{}_depth",
+    "{}_raw_depth_meter",  # Depth Anything
+    "{}_depth",
+)
+DISPARITY_LAYOUTS = (
+    "{}/disparity",  # MoGe's baselines
+    "{}/disparity_affine_invariant",
+    "{}_disp",  # Monodepth2
+    "{}_disparity",
+)
+"""Where the programs of other methods put the prediction of a picture, its suffix apart."""
 
 
 class ModelPredictor:
@@ -57,29 +79,48 @@ class ModelPredictor:
 
 
 class FolderPredictor:
-    """Predictions on disk: for the frame `scene/12` the file `scene/12.npy` (or another of `SUFFIXES`), or the result
-    folder `scene/12` with `depth.npy`, of the size of the frame's view.
+    """Predictions on disk, of the size of the frame's view.
+
+    For the frame `scene/12` that is the file `scene/12.npy` (or another of `SUFFIXES`), or where other programs put
+    theirs (`LAYOUTS`). The pictures of `save_views` have the name `scene--12`, which is looked for too.
+
+    Args:
+        folder: where they are.
+        zero_is_value: see `read_values`.
+        disparity: whether they are disparity, which is looked for in `DISPARITY_LAYOUTS` first.
 
     Raises FileNotFoundError when there is no such folder.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, zero_is_value=False, disparity=False):
+        self.folder, self.zero_is_value, self.disparity = Path(folder), zero_is_value, disparity
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder of predictions")
-        self.facts = {"predictions": str(self.folder.resolve()), "files_sha256": self._files_hash()}
+        self.facts = {
+            "predictions": str(self.folder.resolve()),
+            "files_sha256": self._files_hash(),
+            "zero_is_value": zero_is_value,
+        }
         self.environment = {}
 
     def __call__(self, frame, number):
-        names = [f"{frame.name}{suffix}" for suffix in SUFFIXES] + [f"{frame.name}/depth.npy"]
-        file = next((name for name in names if (self.folder / name).is_file()), None)
+        file = self._file(frame.name, (*DISPARITY_LAYOUTS, *LAYOUTS) if self.disparity else LAYOUTS)
         if file is None:
+            disparity = self._file(frame.name, DISPARITY_LAYOUTS)
+            if disparity is not None:
+                raise ValueError(f"prediction {disparity} is disparity: score it with alignment='disparity'")
             raise FileNotFoundError(f"no prediction {frame.name} ({', '.join(SUFFIXES)}) in {self.folder}")
-        prediction = read_values(self.folder / file)
+        prediction = read_values(self.folder / file, zero_is_value=self.zero_is_value)
         if prediction.shape != frame.depth.shape:
             sizes = ["x".join(map(str, reversed(array.shape))) for array in (prediction, frame.depth)]
             raise ValueError(f"prediction {file} of {sizes[0]} pixels for a picture of {sizes[1]}; resize it first")
         return prediction, {"file": file}
+
+    def _file(self, name, layouts):
+        """The file of a frame relative to the folder, or None: of the first suffix of which there is one."""
+        names = dict.fromkeys((name, flat_name(name)))
+        files = (layout.format(n) + suffix for suffix in SUFFIXES for layout in layouts for n in names)
+        return next((file for file in files if (self.folder / file).is_file()), None)
 
     def _files_hash(self):
         """Of the names, sizes and times of the files: it changes with the predictions, and does not read them."""

@@ -1,16 +1,53 @@
 """The view of a frame that is evaluated: all of it, its centre, or the view of MoGe's evaluation."""
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
 from mf_diffusers.alignment import nearest_valid
+from mf_diffusers.files import atomic_write
 
 
 HALF_PIXEL = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
 """Between camera matrices whose whole numbers are the centres of pixels and those where they are corners."""
+
+
+def flat_name(name):
+    """The name of a frame, "scene/12", as that of a file in one folder of pictures, "scene--12"."""
+    return name.replace("/", "--")
+
+
+def save_views(dataset, protocol, folder, limit=None):
+    """Write the pictures of a protocol's views for any program to predict on, `scene--12.png` for the frame `scene/12`.
+
+    Args:
+        dataset, protocol, limit: as for `evaluation.run.evaluate`.
+        folder: where to; it is made where missing, and files of these names are replaced.
+
+    Returns what could not be written, as text.
+
+    Raises ValueError when two frames would have the same file.
+    """
+    names = dataset.names[:limit]
+    twice = [name for name, times in Counter(map(flat_name, names)).items() if times > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} frames have the same file name with -- for /: {twice[:5]}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for number, name in enumerate(names):
+        try:
+            view, _ = protocol.view(dataset[number])
+        except (ValueError, OSError) as error:
+            failed.append(f"{name}: {error}")
+            continue
+        with atomic_write(folder / f"{flat_name(name)}.png") as temporary:
+            Image.fromarray(view.image).save(temporary)
+    return failed
 
 
 def center_crop(frame, size):
