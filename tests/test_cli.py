@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import OpenEXR
 import pytest
 import torch
 import transformers
@@ -254,6 +255,67 @@ def test_the_key_picks_an_array(model, ramp):
     np.savez("two.npz", first=np.load(ramp), second=3 * np.load(ramp))
     run("image", "two.npz", "-p", "a wall", "-m", model, "--steps", 1, "--depth-key", "second")
     assert_completed(np.load("outputs/two/depth.npy"), 3 * np.load(ramp))
+
+
+BACKGROUND = np.where(np.arange(24)[:, None] < 8, np.float32(1e10), np.linspace(1, 2, 40, dtype=np.float32))
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"]])
+def test_a_repair_of_depth_is_said_with_quiet_too(model, quiet):
+    np.save("a.npy", BACKGROUND)
+    np.save("b.npy", BACKGROUND)
+    said = run("image", "a.npy", "b.npy", "-p", "a wall", "-m", model, "--steps", 1, *quiet).stderr
+    assert re.findall(r"warning: (\S+): ", said) == ["a.npy", "b.npy"]
+    assert not quiet or said.count("\n") == 2
+    assert "320 pixels hold 1e+10" in said
+    assert "give --depth-infinite 1e+10 if it is infinitely far, --depth-max inf if it is their depth" in said
+    expected = np.where(BACKGROUND == 1e10, 0, BACKGROUND)
+    assert np.array_equal(np.load("outputs/b/depth.npy"), expected)
+
+
+def test_options_say_what_the_background_is(model):
+    np.save("a.npy", BACKGROUND)
+    expected = np.where(BACKGROUND == 1e10, np.inf, BACKGROUND)
+    expected[8:, :5] = 0
+    for options, meant in (
+        (["--depth-infinite", "1e10", "--depth-invalid", BACKGROUND[8, 0].item()], np.inf),
+        (["--depth-max", 5], 0),
+        (["--depth-invalid", 1e10, "--depth-invalid", 7], 0),
+        (["--depth-max", "inf"], 1e10),
+    ):
+        assert not run("image", "a.npy", "-p", "a", "-m", model, "--steps", 1, "--overwrite", "-q", *options).stderr
+        depth = np.load("outputs/a/depth.npy")
+        assert (depth[:8] == np.float32(meant)).all()
+        assert np.array_equal(depth[8:, 1:], BACKGROUND[8:, 1:])
+        assert depth[9, 0] == (0 if meant == np.inf else 1)
+    assert metadata("outputs/a")["options"]["depth_max"] == "inf"
+
+
+def test_infinite_depth_reaches_the_model_that_knows_it(tmp_path):
+    pipe = make_pipeline()
+    np.save("a.npy", np.where(BACKGROUND == 1e10, np.float32(np.inf), BACKGROUND))
+    pictures = {}
+    for known in (True, False):
+        pipe.depth_processor.register_to_config(infinite_depth=known)
+        pipe.save_pretrained(tmp_path / str(known))
+        for given, options in (("inf", []), ("missing", ["--depth-invalid", "inf"])):
+            run("image", "a.npy", "-p", "a", "-m", tmp_path / str(known), "--steps", 2, "--overwrite", *options)
+            pictures[known, given] = np.asarray(Image.open("outputs/a/image.png"))
+    missing = pictures[False, "missing"]
+    assert np.array_equal(pictures[False, "inf"], missing)
+    assert np.array_equal(pictures[True, "missing"], missing)
+    assert not np.array_equal(pictures[True, "inf"], missing)
+
+
+def test_errors_of_depth_files_name_the_options(model):
+    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
+    OpenEXR.File(header, {"U": BACKGROUND, "V": BACKGROUND}).write("a.exr")
+    message = refuse("image", "a.exr", "-p", "a", "-m", model)
+    assert "among ['U', 'V']; name one of them with --depth-key" in message
+    np.save("a.npy", BACKGROUND)
+    assert "--depth-scale -1.0 must be a positive number" in refuse(
+        "image", "a.npy", "-p", "a", "-m", model, "--depth-scale", -1
+    )
 
 
 def test_results_are_not_overwritten_unless_asked(model, photo):
