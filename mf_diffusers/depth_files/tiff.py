@@ -3,19 +3,10 @@
 import numpy as np
 
 from mf_diffusers.depth_files.stored import Stored, check_memory, one_of_equal
+from mf_diffusers.pictures import TURNS, turned_upright
 
 
 ORIENTATION = 274
-UPRIGHT = {
-    2: np.fliplr,
-    3: lambda values: np.rot90(values, 2),
-    4: np.flipud,
-    5: np.transpose,
-    6: lambda values: np.rot90(values, -1),
-    7: lambda values: np.rot90(values, 2).T,
-    8: np.rot90,
-}
-"""What brings a map of an orientation upright, as pictures are read."""
 
 
 def read(path, key=None) -> Stored:
@@ -33,4 +24,4 @@ def read(path, key=None) -> Stored:
             values = np.moveaxis(values, page.axes.index("S"), -1)
             values = one_of_equal(values[..., : channels - 1 if channels in (2, 4) else channels])
         orientation = page.tags.get(ORIENTATION)
-    return Stored(values if orientation is None else UPRIGHT.get(int(orientation.value), np.asarray)(values))
+    return Stored(turned_upright(values, orientation.value) if orientation and orientation.value in TURNS else values)
