@@ -58,8 +58,8 @@ def test_captions_name_what_is_in_their_scene():
 
 def test_labels_of_rendered_scenes():
     images, kinds, colours, _ = rendered(range(8), "train", 32)
-    assert images.shape == (8, 3, 32, 32) and kinds.shape == colours.shape == (8, 16, 16)
-    is_object = render_scenes(range(8), height=32, width=32).surfaces[:, ::2, ::2] >= FIRST_OBJECT
+    assert images.shape == (8, 3, 32, 32) and kinds.shape == colours.shape == (8, 8, 8)
+    is_object = render_scenes(range(8), height=32, width=32).surfaces[:, 2::4, 2::4] >= FIRST_OBJECT
     assert torch.equal(kinds != NO_OBJECT, is_object) and torch.equal(colours >= 0, is_object)
 
 
