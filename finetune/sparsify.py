@@ -142,13 +142,18 @@ SPARSIFIERS = {
 }
 
 
+LEAST_DENSITY = {"lidar": 0.1, "holes": 0.9}  # of a range: what less would keep has another mean depth than the scene
+
+
 def thin(sample: dict, density: float | Sequence[float], pattern: str, index: int) -> dict:
     """
     A sample with a part of its depth.
 
     Args:
         density: share of the valid pixels that is kept; two numbers are the ends of a range from which each sample
-            draws its own, evenly in the logarithm.
+            draws its own, evenly in the logarithm. A pattern in `LEAST_DENSITY` draws from there on, if the range
+            goes so far: depth is scaled by the mean of what is kept, and a model that cannot see the pattern, as in
+            pure noise, could not know that scale.
         pattern: a name in `SPARSIFIERS`, or several joined by "+", which the samples take in turn; a name may stand
             there more than once.
         index: of the sample; it decides which pixels stay.
@@ -161,10 +166,11 @@ def thin(sample: dict, density: float | Sequence[float], pattern: str, index: in
     patterns = pattern.split("+")
     if not SPARSIFIERS.keys() >= set(patterns):
         raise ValueError(f"depth_pattern {pattern!r}: choose of {', '.join(SPARSIFIERS)}, or several joined by +")
-    generator = torch.Generator().manual_seed(index)
+    name, generator = patterns[index % len(patterns)], torch.Generator().manual_seed(index)
     if low < high:
+        low = max(low, min(LEAST_DENSITY.get(name, low), high))
         low *= (high / low) ** torch.rand((), generator=generator).item()
-    mask = SPARSIFIERS[patterns[index % len(patterns)]](sample["depth"], low, generator)
+    mask = SPARSIFIERS[name](sample["depth"], low, generator)
     return sample | {"depth": torch.where(mask, sample["depth"], 0.0)}
 
 

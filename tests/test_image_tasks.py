@@ -7,7 +7,17 @@ import torch
 from finetune import scene_reader
 from finetune.data import build_source
 from finetune.image_tasks import ImageTasks
-from finetune.scene_reader import NO_OBJECT, Object, changed, check_on_scenes, named_objects, objects_in, rendered
+from finetune.scene_reader import (
+    KINDS,
+    NO_OBJECT,
+    Object,
+    changed,
+    check_on_scenes,
+    crop,
+    named_objects,
+    regions,
+    rendered,
+)
 from finetune.scenes import render_scenes
 from finetune.scenes.scene import COLOURS, FIRST_OBJECT, sample_scene
 
@@ -57,22 +67,39 @@ def test_captions_name_what_is_in_their_scene():
 
 
 def test_labels_of_rendered_scenes():
-    images, kinds, colours, _ = rendered(range(8), "train", 32)
-    assert images.shape == (8, 3, 32, 32) and kinds.shape == colours.shape == (8, 8, 8)
-    is_object = render_scenes(range(8), height=32, width=32).surfaces[:, 2::4, 2::4] >= FIRST_OBJECT
-    assert torch.equal(kinds != NO_OBJECT, is_object) and torch.equal(colours >= 0, is_object)
+    batch = rendered(range(8), "train", 32)
+    surfaces = render_scenes(range(8), height=32, width=32).surfaces
+    assert batch.images.shape == (8, 3, 32, 32)
+    assert torch.equal(batch.places != NO_OBJECT, surfaces[:, 2::4, 2::4] >= FIRST_OBJECT)
+    boxes = iter(zip(batch.owners, batch.boxes, batch.kinds))
+    for index in range(8):
+        for number, solid in enumerate(sample_scene(index).objects, start=FIRST_OBJECT):
+            rows, columns = (surfaces[index] == number).nonzero(as_tuple=True)
+            if len(rows) > 0.005 * 32 * 32:
+                box = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+                assert next(boxes) == (index, box, KINDS.index(solid.shape))
+    assert next(boxes, None) is None
 
 
-def test_objects_are_connected_pixels_of_one_colour():
-    kinds, colours = np.zeros((5, 8, 8)), np.zeros((len(COLOURS), 8, 8))
-    kinds[NO_OBJECT] = 1
+def test_objects_are_connected_places_of_one_colour():
+    places = np.full((16, 16), NO_OBJECT)
     red, blue = list(COLOURS).index("red"), list(COLOURS).index("blue")
-    for part, kind, colour in ((np.s_[:3, :3], 0, red), (np.s_[:1, :1], 1, red), (np.s_[5:, 5:], 1, blue)):
-        for probabilities, number in ((kinds, kind), (colours, colour)):
-            probabilities[(slice(None), *part)] = 0
-            probabilities[(number, *part)] = 1
-    # a red box with one pixel that looks like a sphere, and a blue sphere
-    assert objects_in(kinds, colours) == {Object("box", "red"), Object("sphere", "blue")}
+    places[:3, :4], places[10:, 8:10], places[13:, 12:], places[6, 6] = red, red, blue, blue  # the last is too small
+    boxes, colours = regions(places)
+    assert sorted(zip(boxes, colours)) == [
+        ((0, 0, 12, 16), "red"),
+        ((40, 32, 64, 40), "red"),
+        ((52, 48, 64, 64), "blue"),
+    ]
+
+
+def test_a_crop_holds_a_box_and_its_margin():
+    image = torch.zeros(3, 64, 64)
+    image[:, 16:32, 24:40] = 1
+    inside = crop(image, (16, 24, 32, 40))
+    assert inside.shape == (3, 32, 32)
+    assert inside.mean() == pytest.approx(1 / 1.5**2, abs=0.03)
+    assert torch.allclose(crop(image, (-32, -32, -16, -16)), torch.tensor(0.5))  # beyond the picture
 
 
 def test_changed_names_differ_in_one_word():
@@ -90,9 +117,9 @@ def test_a_reader_learns_and_is_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(scene_reader, "STEPS", 2)
     reader = scene_reader.reader_at(tmp_path / "reader.safetensors", 32)
     again = scene_reader.reader_at(tmp_path / "reader.safetensors", 32)
-    images = rendered(range(2), "validation", 32)[0]
-    assert all(torch.equal(a, b) for a, b in zip(reader(images), again(images)))
+    images = rendered(range(2), "validation", 32).images
+    assert torch.equal(reader.places(images), again.places(images)) and reader.read(images) == again.read(images)
     shares = check_on_scenes(reader, 32, 40)
-    # One that has learnt nothing sees next to nothing: it rejects all captions, right and wrong.
+    # One that has learnt nothing rejects most captions, right and wrong.
     assert len(shares) == 4 and shares["accepted, with their own captions"] < 0.5
     assert shares["rejected, with one kind changed"] > 0.5

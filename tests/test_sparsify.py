@@ -1,5 +1,6 @@
 """Sparsifiers: exact densities, determinism, and the structure that their names promise."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +134,21 @@ def test_dense_samples_take_their_turn_in_a_mixture():
     kept = [thin(sample, [0.01, 0.5], "dense+random", index)["depth"].mean().item() for index in range(6)]
     assert kept[::2] == [1.0] * 3
     assert max(kept[1::2]) <= 0.51
+
+
+def test_what_a_range_keeps_has_about_the_mean_depth_of_the_scene():
+    """Depth is scaled by that mean, and in pure noise a model cannot see how it was thinned."""
+    batch = render_scenes(range(40), height=64, width=64, supersample=1)
+    for pattern in ("random", "lidar", "holes"):
+        ratios = []
+        for index, depth in enumerate(batch.depth):
+            kept = thin({"depth": depth}, [0.01, 1.0], pattern, index)["depth"]
+            seen = depth[depth.isfinite()]
+            ratios.append((kept[(kept > 0) & kept.isfinite()].mean() / seen.mean()).item())
+        assert np.mean(np.abs(np.log(ratios))) < 0.2, pattern
+    for depth in batch.depth:  # a density alone is as asked
+        few = thin({"depth": depth}, 0.02, "holes", 0)["depth"]
+        assert int((few > 0).sum()) == round(0.02 * int(depth.isfinite().sum()))
 
 
 @pytest.mark.parametrize("density", [0, [0.5, 0.1], [0.1], [0.1, 2], "all", [0.1, 0.2, 0.3]])
