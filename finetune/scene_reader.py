@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from tqdm import trange
 
