@@ -23,7 +23,7 @@ from mf_diffusers.commands.options import (
 )
 from mf_diffusers.evaluation.comparison import compare as compare_reports
 from mf_diffusers.evaluation.metrics import NEGATIVE
-from mf_diffusers.evaluation.protocol import BENCHMARKS, Protocol
+from mf_diffusers.evaluation.protocol import BENCHMARKS, METHODS, TASKS, Protocol
 
 
 def evaluate(
@@ -39,11 +39,21 @@ def evaluate(
     zero_is_value: Annotated[
         bool, option("--zero-is-value", help="Level 0 of predicted PNGs is a value (Marigold's, Depth Anything's).")
     ] = False,
+    task: Annotated[
+        str, option(**choice(*TASKS), help="Depth of a picture, or the rest of depth given in part.")
+    ] = "depth",
+    points: Annotated[int | None, option(min=1, help="Completion: so many known pixels are given, at random.")] = None,
+    density: Annotated[float | None, option(min=0, max=1, help="Completion: such a share of them is given.")] = None,
+    method: Annotated[
+        str, option(**choice(*METHODS), help="Completion: the model's, its image -> depth scaled, or without a model.")
+    ] = "model",
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; 10 in the paper.")] = 1,
     steps: Steps = None,
     seed: Annotated[int, option(min=0, max=2**32, help="Frame number i, from 0, has the seed SEED + i.")] = 0,
     limit: Annotated[int | None, option(min=1, help="Only the first so many frames.")] = None,
-    alignment: Annotated[str, option(**choice(*ALIGNMENTS), help="Of the predictions to the truth.")] = "robust",
+    alignment: Annotated[
+        str | None, option(**choice(*ALIGNMENTS), help="Of the predictions to the truth; default: robust.")
+    ] = None,
     negative: Annotated[
         str, option(**choice(*NEGATIVE), help="Aligned depth below 0: clip as Marigold's code, hit as MoGe's.")
     ] = "error",
@@ -73,15 +83,20 @@ def evaluate(
     --nproc-per-node 4 mf-diffusers evaluate ...
 
     mf-diffusers evaluate --model MODEL --dataset moge-nyuv2 --data data/NYUv2 --ensemble 10 --output outputs/nyuv2
+
+    mf-diffusers evaluate --model MODEL --dataset nyuv2 --data data/NYUv2 --task completion --points 500
     """
     from mf_diffusers.checkpoints import load_pipeline
     from mf_diffusers.commands.machine import device_and_dtype, hush_libraries
-    from mf_diffusers.evaluation.predictors import FolderPredictor, ModelPredictor
+    from mf_diffusers.evaluation.predictors import FolderPredictor, InterpolationPredictor, ModelPredictor
     from mf_diffusers.evaluation.run import evaluate as run_evaluation
     from mf_diffusers.evaluation.run import processes
     from mf_diffusers.evaluation.views import save_views as write_views
 
-    protocol = Protocol(dataset, alignment, negative, center_crop, geometry)
+    alignment = alignment or ("robust" if task == "depth" else "none")
+    protocol = Protocol(dataset, alignment, negative, center_crop, geometry, task, points, density)
+    if task == "depth" and method != "model":
+        raise ValueError(f"`method` {method} is of depth completion: give `task` completion too.")
     frames = BENCHMARKS[dataset].open(data)
     total = len(frames)  # what cannot be listed is found out before the model is loaded
     if save_views:
@@ -91,6 +106,8 @@ def evaluate(
         raise typer.Exit(1 if failed else 0)
     if predictions:
         predictor = FolderPredictor(predictions, zero_is_value, disparity=alignment == "disparity")
+    elif method == "interpolation":
+        predictor = InterpolationPredictor()
     elif model is None:
         raise ValueError("nothing to score: give a `model`, or a folder of `predictions`.")
     else:
@@ -100,7 +117,8 @@ def evaluate(
         pipe = load_pipeline(model, device, dtype, text_encoder, lora, offload, offline)
         pipe.set_progress_bar_config(disable=True)
         facts = {"model": str(Path(model).resolve()) if Path(model).exists() else model, "lora": lora}
-        predictor = ModelPredictor(pipe, facts, steps, ensemble, seed, disparity=alignment == "disparity")
+        is_disparity, is_fitted = alignment == "disparity", method == "fitted"
+        predictor = ModelPredictor(pipe, facts, steps, ensemble, seed, is_disparity, is_fitted)
     with warnings_as_lines(quiet):
         report = run_evaluation(frames, protocol, predictor, output, limit, save_predictions, overwrite, quiet)
     if report is not None:  # the main process speaks
@@ -112,13 +130,13 @@ def show(report: dict, total: int, output: Path, quiet: bool) -> None:
 
     Raises typer.Exit when frames failed or none is scored.
     """
-    from mf_diffusers.evaluation.report import FAILED, NO_TRUTH
+    from mf_diffusers.evaluation.report import FAILED, NO_TRUTH, headline, title
 
     mean = report["mean"]
     if mean and not quiet:
-        protocol = report["protocol"]
-        table = Table("frames", "AbsRel", "delta1", title=f"{protocol['benchmark']}, {protocol['alignment']} alignment")
-        table.add_row(f"{mean['images']} of {total}", f"{mean['abs_rel']:.4f}", f"{mean['delta1']:.4f}")
+        values = headline(report["protocol"]["task"], mean)
+        table = Table("frames", *values, title=title(report["protocol"]))
+        table.add_row(f"{mean['images']} of {total}", *values.values())
         Console().print(table)
         print(output / "report.md")
     failed = [frame["reason"] for frame in report["left_out"] if frame["status"] == FAILED]

@@ -12,10 +12,10 @@ import typer
 def choice(*values: str) -> dict[str, Any]:
     """Settings of an option that is one of `values`."""
 
-    def check(value: str) -> str:
+    def check(value: str | None) -> str | None:
         if value in ("float16", "fp16", "half"):
             raise typer.BadParameter(f"{value}: the model overflows in float16; take bfloat16 (same size) or float32.")
-        if value not in values:
+        if value is not None and value not in values:
             raise typer.BadParameter(f"{value!r} is none of {', '.join(values)}.")
         return value
 

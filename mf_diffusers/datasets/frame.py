@@ -25,6 +25,8 @@ class Frame:
         intrinsics: float32 (3, 3), camera matrix in pixels of `image`, the centre of the top left pixel at (0, 0). None
             where the data set gives none.
         caption: "" where there is none.
+        sparse: float32 (H, W), of the kind of `depth`: the part of depth from which the rest is to be made. None but in
+            depth completion.
 
     Raises ValueError, which names the frame, for other types or shapes, and for depth that is negative or NaN.
     """
@@ -34,6 +36,7 @@ class Frame:
     depth: np.ndarray
     intrinsics: np.ndarray | None = None
     caption: str = ""
+    sparse: np.ndarray | None = None
 
     def __post_init__(self):
         image, depth, intrinsics = self.image, self.depth, self.intrinsics
@@ -46,6 +49,8 @@ class Frame:
             )
         if not (depth >= 0).all():
             raise ValueError(f"{self.name}: depth is negative or NaN in places; missing depth is stored as 0")
+        if self.sparse is not None and self.sparse.shape != depth.shape:
+            raise ValueError(f"{self.name}: sparse depth is {self.sparse.shape}, but depth {depth.shape}")
         if intrinsics is not None and (intrinsics.shape != (3, 3) or intrinsics.dtype != np.float32):
             raise ValueError(
                 f"{self.name}: intrinsics of shape {intrinsics.shape}, {intrinsics.dtype} must be float32 (3, 3)"
@@ -65,8 +70,11 @@ class Frame:
                 pixels = np.array([[0, -1, len(frame.depth) - 1], [1, 0, 0], [0, 0, 1]])
                 space = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])
                 intrinsics = (pixels @ intrinsics @ space.T).astype(np.float32)
-            image, depth = (np.ascontiguousarray(np.rot90(array, -1)) for array in (frame.image, frame.depth))
-            frame = replace(frame, image=image, depth=depth, intrinsics=intrinsics)
+            image, depth, sparse = (
+                None if array is None else np.ascontiguousarray(np.rot90(array, -1))
+                for array in (frame.image, frame.depth, frame.sparse)
+            )
+            frame = replace(frame, image=image, depth=depth, intrinsics=intrinsics, sparse=sparse)
         return frame
 
     def within(self, max_pixels):
@@ -81,15 +89,21 @@ class Frame:
             return self
         size = max(1, int(width * factor)), max(1, int(height * factor))
         scale = size[0] / width, size[1] / height
-        columns, rows = (((np.arange(n) + 0.5) / s).astype(int) for n, s in zip(size, scale))
         intrinsics = self.intrinsics
         if intrinsics is not None:
             half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # to pixels whose corners are whole numbers
             intrinsics = (np.linalg.inv(half) @ np.diag([*scale, 1]) @ half @ intrinsics).astype(np.float32)
         image = np.asarray(Image.fromarray(self.image).resize(size, Image.Resampling.LANCZOS))
-        depth = self.depth[np.ix_(rows, columns)]
-        to_column, to_row = (((np.arange(n) + 0.5) * s).astype(int) for n, s in zip((width, height), scale))
-        useful = (self.depth > 0) & (depth == 0)[np.ix_(to_row, to_column)]
-        source_rows, source_columns = np.nonzero(useful)
-        filling = nearest_points(to_column[source_columns], to_row[source_rows], self.depth[useful], depth.shape)
-        return replace(self, image=image, depth=np.where(depth == 0, filling, depth), intrinsics=intrinsics)
+        depth, sparse = (None if m is None else _shrunk(m, size, scale) for m in (self.depth, self.sparse))
+        return replace(self, image=image, depth=depth, intrinsics=intrinsics, sparse=sparse)
+
+
+def _shrunk(depth, size, scale):
+    """A depth map at a smaller size (width, height), `scale` times the old one in each direction."""
+    columns, rows = (((np.arange(n) + 0.5) / s).astype(int) for n, s in zip(size, scale))
+    to_column, to_row = (((np.arange(n) + 0.5) * s).astype(int) for n, s in zip(depth.shape[::-1], scale))
+    small = depth[np.ix_(rows, columns)]
+    useful = (depth > 0) & (small == 0)[np.ix_(to_row, to_column)]
+    source_rows, source_columns = np.nonzero(useful)
+    filling = nearest_points(to_column[source_columns], to_row[source_rows], depth[useful], small.shape)
+    return np.where(small == 0, filling, small)

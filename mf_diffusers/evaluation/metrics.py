@@ -89,6 +89,28 @@ def depth_metrics(prediction, truth, mask=None, negative="error"):
     }
 
 
+def completion_metrics(prediction, truth, mask=None):
+    """What depth completion is compared by, beside the `rmse` and `abs_rel` of `depth_metrics`; depth in metres.
+
+    Args:
+        prediction, truth, mask: as for `depth_metrics`. What is not finite is depth 0; inverses take `MIN_DEPTH` for
+            predictions below it.
+
+    Returns:
+        A dict of floats:
+            mae: mean |d - g|, in metres
+            irmse: sqrt(mean (1/d - 1/g)^2), in 1/km
+
+    Raises ValueError when the arrays do not fit together or no pixel has true depth.
+    """
+    prediction, truth = checked_maps(prediction, truth, mask)
+    valid = truth > 0
+    d, g = prediction[valid].astype(np.float64), truth[valid].astype(np.float64)
+    d[~np.isfinite(d)] = 0
+    inverse_error = 1 / np.maximum(d, MIN_DEPTH) - 1 / g
+    return {"mae": float(np.mean(np.abs(d - g))), "irmse": float(1000 * np.sqrt(np.mean(inverse_error**2)))}
+
+
 def boundary_f1(prediction, truth, mask=None, thresholds=BOUNDARY_THRESHOLDS, per_direction=False):
     """Boundary F1 of Depth Pro (Bochkovskii et al. 2024): do occlusion boundaries lie where they should?
 

@@ -1,4 +1,4 @@
-"""Where predictions come from: a model, or a folder of depth files made by any method.
+"""Where predictions come from: a model, the interpolation of known points, or depth files made by any method.
 
 A predictor is called with the frame of a protocol's view and its number, and returns the prediction, float32 (H, W),
 and what to note about it in the frame's record. It raises ValueError or OSError where there is no prediction. `facts`
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
+from scipy.spatial import QhullError
 
+from mf_diffusers.alignment import align_scale
 from mf_diffusers.depth_io import read_values
 from mf_diffusers.evaluation.views import flat_name
 from mf_diffusers.files import ESCAPED, atomic_write
@@ -43,18 +46,22 @@ DISPARITY_LAYOUTS = (
 
 
 class ModelPredictor:
-    """Depth by image -> depth of a pipeline; noise drawn with `seed` plus the frame's number, whoever computes it when.
+    """Depth by image -> depth of a pipeline, or by completion where the frame has sparse depth; noise drawn with `seed`
+    plus the frame's number, whoever computes it when.
 
     Args:
         pipe: a `ModalityForcingPipeline`.
         facts: what is known of the model beyond its weights, such as its name.
         steps, ensemble: Euler steps (None: the checkpoint's), and samples of which the aligned median is taken.
         disparity: predict the inverse of the depth, for the protocol's alignment in disparity.
+        fitted: do not complete sparse depth, but give image -> depth the one scale that fits it best, robustly.
     """
 
-    def __init__(self, pipe, facts, steps=None, ensemble=1, seed=0, disparity=False):
+    def __init__(self, pipe, facts, steps=None, ensemble=1, seed=0, disparity=False, fitted=False):
         steps = steps or pipe.config.default_depth_steps
         self.pipe, self.steps, self.ensemble, self.seed, self.disparity = pipe, steps, ensemble, seed, disparity
+        self.fitted = fitted
+        facts = facts | ({"method": "fitted"} if fitted else {})
         self.facts = facts | {
             "transformer": type(pipe.transformer).__name__,
             "weights_sha256": weights_hash(pipe),
@@ -71,11 +78,24 @@ class ModelPredictor:
         seed = self.seed + number
         depth = self.pipe(
             image=frame.image,
+            depth=None if self.fitted else frame.sparse,
             num_inference_steps=self.steps,
             ensemble_size=self.ensemble,
             generator=torch.Generator().manual_seed(seed),
         ).depth[0]
+        if self.fitted:
+            depth = align_scale(depth, frame.sparse, grid=None).apply(depth).astype(np.float32)
         return (1 / depth if self.disparity else depth), {"seed": seed}
+
+
+class InterpolationPredictor:
+    """Depth completion without a picture or a model: see `interpolated`."""
+
+    facts = {"method": "interpolation"}
+    environment: dict[str, str] = {}
+
+    def __call__(self, frame, number):
+        return interpolated(frame.sparse), {}
 
 
 class FolderPredictor:
@@ -131,6 +151,21 @@ class FolderPredictor:
                 name = path.relative_to(self.folder).as_posix()
                 digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode(**ESCAPED))
         return digest.hexdigest()
+
+
+def interpolated(sparse: np.ndarray) -> np.ndarray:
+    """Sparse depth (H, W), 0 where missing, interpolated: linear within the triangles of its points (Delaunay), the
+    nearest point outside of them. Raises ValueError where there is no point."""
+    places = np.argwhere(sparse > 0)
+    if len(places) == 0:
+        raise ValueError("no depth is given, so there is nothing to interpolate")
+    values, grid = sparse[sparse > 0], np.indices(sparse.shape)
+    depth = NearestNDInterpolator(places, values)(*grid)
+    try:
+        linear = LinearNDInterpolator(places, values)(*grid)
+    except (QhullError, ValueError):  # fewer than three points, or all in a line
+        return depth.astype(np.float32)
+    return np.where(np.isnan(linear), depth, linear).astype(np.float32)
 
 
 def weights_hash(pipe) -> str:

@@ -1,5 +1,6 @@
 """What is compared, and how: the benchmarks with their pixels that count, alignment, and the metrics of one frame."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,10 +11,16 @@ import numpy as np
 
 from mf_diffusers.alignment import ALIGNMENTS
 from mf_diffusers.datasets.benchmarks import DIODE, ETH3D, KITTI, MoGeLayout, NYUv2, ScanNet800
+from mf_diffusers.datasets.completion import KITTICompletion, SparseFolder
 from mf_diffusers.datasets.folder import Folder
-from mf_diffusers.evaluation.metrics import boundary_f1, depth_metrics, point_cloud_distance
+from mf_diffusers.evaluation.metrics import boundary_f1, completion_metrics, depth_metrics, point_cloud_distance
 from mf_diffusers.evaluation.views import center_crop, central_square, moge_view
+from mf_diffusers.files import ESCAPED
 
+
+TASKS = ("depth", "completion")
+METHODS = ("model", "fitted", "interpolation")
+"""Of depth completion: by the model; by its image -> depth times a scale; and without a model."""
 
 FAR_AWAY = 1000.0
 """Metres. A map with nothing nearer is most likely in millimetres, or of another unit."""
@@ -45,6 +52,7 @@ class Benchmark:
         crop: a key of `CROPS`. None: the whole picture.
         view: (width, height) of the view that MoGe's evaluation makes of a frame, see `moge_view`. None: all of it.
         published: its column among the published results, see `evaluation.report`. None: there are none for it.
+        has_sparse: whether its frames bring the sparse depth of depth completion.
     """
 
     open: Callable[[Path], Any]
@@ -54,6 +62,7 @@ class Benchmark:
     crop: str | None = None
     view: tuple[int, int] | None = None
     published: str | None = None
+    has_sparse: bool = False
 
 
 def _moge(*view, published=None):
@@ -80,6 +89,8 @@ BENCHMARKS = {
     "moge-hammer": _moge(1664, 832),
     "moge": _moge(),
     "folder": Benchmark(Folder),
+    "kitti-completion": Benchmark(KITTICompletion, has_sparse=True),
+    "sparse-folder": Benchmark(SparseFolder, has_sparse=True),
 }
 """What counts in which benchmark. In the data sets' own layouts the crops and depths are those of BTS's and Marigold's
 evaluations (in KITTI Garg's crop, and the model gets the whole picture); in MoGe's, whose data sets need their name to
@@ -97,6 +108,12 @@ class Protocol:
             benchmark's near..far before, as in Marigold's code.
         center_crop: side of the centred square that is evaluated, see `evaluation.views`. None: all of the view.
         geometry: whether boundary F1 and, where the camera is known, point-cloud distances are computed too.
+        task: "depth" of a picture, or "completion": of a picture and a part of its depth, in metres, unaligned.
+        points, density: number or share of the known pixels that are given in completion: of the benchmark's sparse
+            depth where it has one, else of the true depth. They are drawn evenly, for each frame the same in every run.
+            None: all of the benchmark's sparse depth.
+
+    Raises ValueError for what does not go together.
     """
 
     benchmark: str
@@ -104,6 +121,26 @@ class Protocol:
     negative: str = "error"
     center_crop: int | None = None
     geometry: bool = False
+    task: str = "depth"
+    points: int | None = None
+    density: float | None = None
+
+    def __post_init__(self):
+        if self.task == "depth":
+            if (self.points, self.density) != (None, None):
+                raise ValueError("`points` and `density` are of depth completion: give `task` completion, or neither.")
+            return
+        if self.alignment != "none":
+            raise ValueError(f"completed depth is metric: `alignment` must be none, not {self.alignment}.")
+        has_sparse = BENCHMARKS[self.benchmark].has_sparse
+        if (self.points is not None) + (self.density is not None) + has_sparse == 0:
+            raise ValueError(f"{self.benchmark} brings no sparse depth: give the number of `points`, or a `density`.")
+        if self.points is not None and self.density is not None:
+            raise ValueError("give the number of `points` or their `density`, not both.")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"`density` is a share above 0, up to 1, not {self.density:g}.")
+        if has_sparse and self.center_crop is not None:
+            raise ValueError(f"{self.benchmark} brings its own sparse depth: evaluate it without `center_crop`.")
 
     def view(self, frame):
         """The frame as the model gets it, its depth 0 where it does not count, and the number of such pixels by reason.
@@ -115,9 +152,22 @@ class Protocol:
         reasons = self._reasons(frame)
         if self.center_crop is not None:
             reasons = reasons[central_square(reasons.shape, self.center_crop)]
-            frame = center_crop(frame, self.center_crop)
-        frame = replace(frame, depth=np.where(reasons == COUNTED, frame.depth, np.float32(0)))
+            frame = center_crop(replace(frame, sparse=None), self.center_crop)
+        sparse = self._sparse(frame) if self.task == "completion" else None
+        frame = replace(frame, depth=np.where(reasons == COUNTED, frame.depth, np.float32(0)), sparse=sparse)
         return frame, {name: int(np.count_nonzero(reasons == reason)) for name, reason in LEFT_OUT.items()}
+
+    def _sparse(self, frame):
+        """float32 (H, W): the depth that is given in completion."""
+        depth = np.where(frame.mask, frame.depth, np.float32(0)) if frame.sparse is None else frame.sparse
+        known = np.flatnonzero(depth)
+        if self.points is None and self.density is None:
+            return depth
+        count = max(1, round(self.density * len(known))) if self.points is None else self.points
+        chosen = np.random.default_rng(zlib.crc32(frame.name.encode(**ESCAPED))).permutation(known)[:count]
+        sparse = np.zeros_like(depth)
+        sparse.flat[chosen] = depth.flat[chosen]
+        return sparse
 
     def _reasons(self, frame):
         """int (H, W): `COUNTED`, or why the pixel is not."""
@@ -149,11 +199,14 @@ class Protocol:
         return aligned, ""
 
     def score(self, aligned, truth, intrinsics=None):
-        """The metrics of one frame: `depth_metrics`, with `geometry` `boundary_f1` and `point_cloud_distance` too.
+        """The metrics of one frame: `depth_metrics`; in completion `completion_metrics` too; with `geometry`
+        `boundary_f1` and `point_cloud_distance`.
 
         Point-cloud distances are NaN when the camera is not known or no prediction is above 0.
         """
         metrics = depth_metrics(aligned, truth, negative=self.negative)
+        if self.task == "completion":
+            metrics |= completion_metrics(aligned, truth)
         if self.geometry:
             metrics["boundary_f1"] = boundary_f1(aligned, truth)
             points_missing = metrics["nonfinite"] + metrics["nonpositive"]

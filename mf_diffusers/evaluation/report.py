@@ -20,6 +20,17 @@ from mf_diffusers.files import ESCAPED, atomic_write
 SCORED, NO_TRUTH, FAILED = "scored", "no ground truth", "failed"
 """What became of a frame."""
 
+HEADLINES = {
+    "depth": {"AbsRel, %": ("abs_rel", 100, 2), "delta1, %": ("delta1", 100, 2)},
+    "completion": {
+        "RMSE, m": ("rmse", 1, 3),
+        "MAE, m": ("mae", 1, 3),
+        "iRMSE, 1/km": ("irmse", 1, 2),
+        "REL, %": ("abs_rel", 100, 2),
+    },
+}
+"""By task the metrics that a run is known by: name, factor and digits."""
+
 REPORT_FILES = ("report.json", "report.md", "frames.csv")
 PICTURES = "worst"
 WORST = 10
@@ -109,15 +120,16 @@ def markdown(report):
     protocol, mean, counts = report["protocol"], report["mean"], report["counts"]
     status = counts["frames_by_status"]
     scored = f"{status.get(SCORED, 0)} of {counts['frames']}"
-    rows = [("**this run**", f"{100 * mean['abs_rel']:.2f}", f"{100 * mean['delta1']:.2f}", scored)] if mean else []
+    heads = headline(protocol["task"], mean)
+    rows = [("**this run**", *heads.values(), scored)] if mean else []
     why_not, column = comparable(report)
     if not why_not:
         results = {name: row[PUBLISHED_COLUMNS.index(column)] for name, row in PUBLISHED.items()}
         rows += [(name, f"{result[0]:.2f}", f"{result[1]:.1f}", "") for name, result in results.items() if result]
     lines = [
-        f"# {protocol['benchmark']}, {protocol['alignment']} alignment",
+        f"# {title(protocol)}",
         "",
-        table(("", "AbsRel, %", "delta1, %", "frames"), rows),
+        table(("", *heads, "frames"), rows),
         "",
         f"Published results stand beside it only under the same protocol; here {why_not}."
         if why_not
@@ -155,9 +167,28 @@ def markdown(report):
     return "\n".join(lines) + "\n"
 
 
+def headline(task, mean):
+    """The metrics that a run of a task is known by, as strings by their names; empty strings where there is no mean."""
+    return {
+        name: f"{factor * mean[metric]:.{digits}f}" if mean else ""
+        for name, (metric, factor, digits) in HEADLINES[task].items()
+    }
+
+
+def title(protocol):
+    """What a run is called."""
+    if protocol["task"] == "depth":
+        return f"{protocol['benchmark']}, {protocol['alignment']} alignment"
+    of = {"points": protocol["points"], "density": protocol["density"]}
+    given = [f"{name} {value:g}" for name, value in of.items() if value is not None] or ["its sparse depth"]
+    return f"{protocol['benchmark']}, completion, {given[0]}"
+
+
 def comparable(report):
     """Why published results may not stand beside this run, "" when they may; and their column."""
     protocol, counts = report["protocol"], report["counts"]
+    if protocol["task"] == "completion":
+        return "none are known; those for NYUv2, for one, are of pictures of 304x228 pixels", None
     column = BENCHMARKS[protocol["benchmark"]].published
     if column is None:
         return "none are known for this benchmark as it was read", None
