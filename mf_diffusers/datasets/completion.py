@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from mf_diffusers.depth_io import DEPTH_SUFFIXES, PNG_SCALE_KEY, read_depth
+from mf_diffusers.depth_files import read_stored
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_depth
 
 from .dataset import Dataset, read_rgb
 from .frame import Frame
@@ -44,7 +44,7 @@ class SparseFolder(Dataset):
     """A folder with `rgb/`, `sparse/` and `gt/`: for the picture `rgb/a/12.jpg` the depth files `sparse/a/12.png` and
     `gt/a/12.png`, or with another suffix of depth files.
 
-    Depth is in metres; in a PNG that notes no scale of its own, metres times 256, as KITTI stores it.
+    Depth is in metres; where a file has whole numbers and notes no scale, in metres times 256, as KITTI stores it.
     """
 
     layout = "rgb/*.png or *.jpg, and under the same names depth files in sparse/ and gt/"
@@ -63,9 +63,6 @@ def read_metres(path: Path) -> np.ndarray:
     file = next(filter(Path.is_file, map(path.with_suffix, DEPTH_SUFFIXES)), None)
     if file is None:
         raise FileNotFoundError(f"no depth file {path.with_suffix('')} ({', '.join(DEPTH_SUFFIXES)})")
-    scale = None
-    if file.suffix == ".png":
-        with Image.open(file) as picture:
-            picture.load()
-            scale = None if PNG_SCALE_KEY in picture.info else KITTI_SCALE
-    return read_depth(file, scale=scale)
+    stored = read_stored(file)
+    is_kittis = stored.noted_scale is None and stored.values.dtype.kind in "ui"
+    return read_depth(file, scale=KITTI_SCALE if is_kittis else None)

@@ -159,7 +159,8 @@ class Protocol:
 
     def _sparse(self, frame):
         """float32 (H, W): the depth that is given in completion."""
-        depth = np.where(frame.mask, frame.depth, np.float32(0)) if frame.sparse is None else frame.sparse
+        depth = frame.depth if frame.sparse is None else frame.sparse
+        depth = np.where(np.isfinite(depth), depth, np.float32(0))
         known = np.flatnonzero(depth)
         if self.points is None and self.density is None:
             return depth
