@@ -305,6 +305,20 @@ def test_infinite_depth_reaches_the_model_that_knows_it(tmp_path):
     assert not np.array_equal(pictures[True, "inf"], missing)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["complete", "photo.png", "a.npy"], ["inpaint", "photo.png", "--depth", "a.npy", "-p", "a", "--strength", 1]],
+)
+def test_every_command_that_takes_depth_takes_its_options(model, photo, arguments):
+    with Image.open(photo) as picture:
+        picture.resize((40, 24)).save("photo.png")
+    np.save("a.npy", BACKGROUND)
+    said = run(*arguments, "-m", model, "--steps", 1, "-q").stderr
+    assert "a.npy: 320 pixels hold 1e+10" in said
+    assert not run(*arguments, "-m", model, "--steps", 1, "-q", "--depth-invalid", 1e10, "--inverse").stderr
+    assert metadata("outputs/photo-002")["options"]["depth_invalid"] == "[10000000000.0]"
+
+
 def test_errors_of_depth_files_name_the_options(model):
     header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
     OpenEXR.File(header, {"U": BACKGROUND, "V": BACKGROUND}).write("a.exr")

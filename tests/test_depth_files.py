@@ -129,7 +129,7 @@ def test_the_far_end_of_a_large_map_is_that_of_a_sample():
 # 16 bits in several channels
 
 
-def png(levels, colour_type, interlaced=False, **notes):
+def png(levels, colour_type, **notes):
     """A PNG of 16 bits, (H, W) or (H, W, C), by hand: Pillow does not write these."""
     rows = levels.astype(">u2").reshape(len(levels), -1).view(np.uint8)
     rows = np.concatenate([np.zeros((len(rows), 1), np.uint8), rows], axis=1)  # filter type 0

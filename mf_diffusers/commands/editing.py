@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mf_diffusers.commands.options import Options, Strength, option, shares_options
-from mf_diffusers.depth_io import read_depth
+from mf_diffusers.commands.options import DepthFiles, Options, Strength, option, shares_options
 from mf_diffusers.pictures import read_image
 
 
@@ -15,6 +14,7 @@ def inpaint(
     picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture to make anew in part.")],
     prompt: Annotated[str, option("--prompt", "-p", help="What the new picture shows.")],
     options: Options,
+    depth_files: DepthFiles,
     mask: Annotated[Path | None, option(help="Picture of the same size, white where IMAGE is made anew.")] = None,
     depth: Annotated[Path | None, option(help="Depth map of the same size, which the new picture follows.")] = None,
     strength: Strength = None,
@@ -37,11 +37,11 @@ def inpaint(
         if mask is not None:
             given["mask_image"] = read_image(mask)
         if depth is not None:
-            given["depth"] = read_depth(depth)
+            given["depth"] = depth_files.read(depth)
         return given
 
     own = {"prompt": prompt, "mask": mask, "depth": depth, "strength": strength, "log2_alpha": log2_alpha}
-    Batch("inpaint", options, own).run([picture], inputs)
+    Batch("inpaint", options, own | depth_files.facts()).run([picture], inputs)
 
 
 @shares_options
@@ -49,12 +49,9 @@ def complete(
     picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture.")],
     sparse: Annotated[Path, typer.Argument(metavar="DEPTH", help="Its depth map of the same size, 0 where missing.")],
     options: Options,
+    depth_files: DepthFiles,
     prompt: Annotated[str | None, option("--prompt", "-p", help="What the picture shows; can be left out.")] = None,
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; also gives uncertainty.")] = 1,
-    depth_scale: Annotated[
-        float | None, option(help="Factor of stored values, 0.001 for millimetres; default: the one in the file.")
-    ] = None,
-    depth_key: Annotated[str | None, option(help="Array of an npz, channel of an EXR.")] = None,
 ):
     """Complete a depth map that is known in part: points of a LiDAR, a sensor's with holes. The unit stays.
 
@@ -63,14 +60,8 @@ def complete(
     from mf_diffusers.commands.batch import Batch
 
     def inputs(path):
-        known = read_depth(sparse, scale=depth_scale, key=depth_key)
+        known = depth_files.read(sparse)
         return {"image": read_image(path), "depth": known, "prompt": prompt, "ensemble_size": ensemble}
 
-    own = {
-        "depth": sparse,
-        "prompt": prompt,
-        "ensemble": ensemble,
-        "depth_scale": depth_scale,
-        "depth_key": depth_key,
-    }
+    own = {"depth": sparse, "prompt": prompt, "ensemble": ensemble} | depth_files.facts()
     Batch("complete", options, own).run([picture], inputs)

@@ -1,7 +1,7 @@
 """The options that several commands share."""
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,16 +115,65 @@ class Options:
     quiet: Quiet = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class DepthFiles:
+    """How the commands that take depth files read them."""
+
+    depth_scale: Annotated[
+        float | None, option(help="Factor of stored values, 0.001 for millimetres; default: the one in the file.")
+    ] = None
+    depth_key: Annotated[str | None, option(help="Array of an npz, channel of an EXR.")] = None
+    depth_invalid: Annotated[
+        list[float] | None, option(metavar="VALUE", help="Stored value that means missing; may be given again.")
+    ] = None
+    depth_infinite: Annotated[
+        list[float] | None, option(metavar="VALUE", help="Stored value that means infinitely far, besides inf.")
+    ] = None
+    depth_max: Annotated[
+        float | None,
+        option(
+            help="What is farther is missing; inf: nothing is. Default: what looks like a background, which is said."
+        ),
+    ] = None
+    inverse: Annotated[
+        bool, option("--inverse", help="Files hold inverse depth (bright is near), as artists' maps do.")
+    ] = False
+
+    def read(self, path: Path):
+        """The depth map in a file, as `read_depth` gives it."""
+        from mf_diffusers.depth_io import read_depth
+
+        return read_depth(
+            path,
+            scale=self.depth_scale,
+            invalid=self.depth_invalid,
+            key=self.depth_key,
+            infinite=self.depth_infinite,
+            maximum=self.depth_max,
+            inverse=self.inverse,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """These options for metadata.json, whose numbers do not include inf."""
+        values = [self.depth_invalid, self.depth_infinite, self.depth_max]
+        invalid, infinite, maximum = (value and str(value) for value in values)
+        return asdict(self) | {"depth_invalid": invalid, "depth_infinite": infinite, "depth_max": maximum}
+
+
 def shares_options(command):
-    """The command with each field of `Options` as an option of its own, in the place of its parameter `options`."""
+    """The command with each field of `Options` and `DepthFiles` as an option of its own, in the place of the whole."""
+    parameters = inspect.signature(command).parameters.values()
+    groups = {p.name: p.annotation for p in parameters if p.annotation in (Options, DepthFiles)}
 
     @wraps(command)
     def called(**given):
-        shared = {field.name: given.pop(field.name) for field in fields(Options)}
-        return command(**given, options=Options(**shared))
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        return command(**given)
 
-    parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "options"]
-    parameters += inspect.signature(Options).parameters.values()
+    parameters = [p for p in parameters if p.name not in groups]
+    for group in sorted(groups.values(), key=(DepthFiles, Options).index):
+        parameters += inspect.signature(group).parameters.values()
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     called.__signature__ = inspect.Signature(parameters)
     called.__annotations__ = {p.name: p.annotation for p in parameters}

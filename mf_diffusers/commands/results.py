@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mf_diffusers.commands.options import Options, option, shares_options
-from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_depth
+from mf_diffusers.commands.options import DepthFiles, Options, option, shares_options
+from mf_diffusers.depth_io import DEPTH_SUFFIXES
 from mf_diffusers.pictures import IMAGE_SUFFIXES, read_image
 
 
@@ -60,28 +60,10 @@ def image(
     ],
     prompt: Annotated[str, option("--prompt", "-p", help="What to show.")],
     options: Options,
+    depth_files: DepthFiles,
     log2_alpha: Annotated[
         float | None, option(min=-30, max=30, help="From -5, a loose hold of depth, to -14, tight; default: rigid.")
     ] = None,
-    depth_scale: Annotated[
-        float | None, option(help="Factor of stored values, 0.001 for millimetres; default: the one in the file.")
-    ] = None,
-    depth_key: Annotated[str | None, option(help="Array of an npz, channel of an EXR.")] = None,
-    depth_invalid: Annotated[
-        list[float] | None, option(metavar="VALUE", help="Stored value that means missing; may be given again.")
-    ] = None,
-    depth_infinite: Annotated[
-        list[float] | None, option(metavar="VALUE", help="Stored value that means infinitely far, besides inf.")
-    ] = None,
-    depth_max: Annotated[
-        float | None,
-        option(
-            help="What is farther is missing; inf: nothing is. Default: what looks like a background, and it is said."
-        ),
-    ] = None,
-    inverse: Annotated[
-        bool, option("--inverse", help="Files hold inverse depth (bright is near), as artists' maps do.")
-    ] = False,
 ):
     """Make images of depth maps: larger is farther (unless --inverse), 0 is missing, inf infinitely far.
 
@@ -90,27 +72,9 @@ def image(
     from mf_diffusers.commands.batch import Batch
 
     def inputs(path):
-        values = read_depth(
-            path,
-            scale=depth_scale,
-            invalid=depth_invalid,
-            key=depth_key,
-            infinite=depth_infinite,
-            maximum=depth_max,
-            inverse=inverse,
-        )
-        return {"depth": values, "prompt": prompt, "log2_alpha": log2_alpha}
+        return {"depth": depth_files.read(path), "prompt": prompt, "log2_alpha": log2_alpha}
 
-    own = {
-        "prompt": prompt,
-        "log2_alpha": log2_alpha,
-        "depth_scale": depth_scale,
-        "depth_key": depth_key,
-        "depth_invalid": depth_invalid and [str(value) for value in depth_invalid],  # inf is no number of JSON
-        "depth_infinite": depth_infinite and [str(value) for value in depth_infinite],
-        "depth_max": depth_max and str(depth_max),
-        "inverse": inverse,
-    }
+    own = {"prompt": prompt, "log2_alpha": log2_alpha} | depth_files.facts()
     Batch("image", options, own).run(files_among(depths, DEPTH_SUFFIXES), inputs)
 
 
