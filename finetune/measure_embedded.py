@@ -54,12 +54,12 @@ class MeasureConfig:
 
     model: str = "mf_diffusers/embedded/model"
     output: str = "outputs/measures"
-    parts: list[str] = field(default_factory=lambda: ["depth_to_image", "sparse_depth_to_image", "joint", "prompts"])
+    parts: list[str] = field(default_factory=lambda: ["prompts", "joint", "depth_to_image"])
     validation_data: dict[str, Any] = field(
         default_factory=lambda: {"kind": "scenes", "split": "validation", "height": 64, "width": 64}
     )
     scenes: int = 100
-    steps: int = 50
+    steps: int = 25
     guidance_scale: float = 3.0
     strengths: list[float] = field(default_factory=lambda: [-5, -8, -11, -14])
     sparse_density: float = 0.05
@@ -69,11 +69,12 @@ class MeasureConfig:
     prompts: list[str] = field(default_factory=list)
 
 
-def depth_to_image(tasks: ImageTasks, config: MeasureConfig, density: float = 1.0) -> dict[str, dict[str, float]]:
-    """Over how tightly depth is followed; and without depth, where all of it was given before."""
+def depth_to_image(tasks: ImageTasks, config: MeasureConfig) -> dict[str, dict[str, float]]:
+    """Without depth; over how tightly it is followed; and where few of its points are given."""
     strengths = {f"log2_alpha {alpha:g}": alpha for alpha in config.strengths} | {"rigidly": None}
-    found = {name: tasks.following(alpha, density) for name, alpha in strengths.items()}
-    return found if density < 1 else {"without depth": tasks.not_following()} | found
+    found = {"without depth": tasks.not_following()}
+    found |= {name: tasks.following(alpha) for name, alpha in strengths.items()}
+    return found | {f"rigidly, {config.sparse_density:.0%} of the points": tasks.following(None, config.sparse_density)}
 
 
 def prompts_shown(pipe: ModalityForcingPipeline, config: MeasureConfig) -> tuple[dict[str, bool], Image.Image]:
@@ -107,8 +108,6 @@ def main():
     for part in config.parts:
         if part == "depth_to_image":
             found[part] = depth_to_image(tasks, config)
-        elif part == "sparse_depth_to_image":
-            found[part] = depth_to_image(tasks, config, config.sparse_density)
         elif part == "joint":
             found[part] = {f"log2_alpha {alpha:g}": tasks.joint(alpha) for alpha in config.joint_log2_alpha}
         elif part == "prompts":

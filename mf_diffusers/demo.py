@@ -1,4 +1,4 @@
-"""The demo: all three tasks with the embedded model, in under a minute on a CPU, and a sheet of pictures to show."""
+"""The demo: all tasks with the embedded model, in under a minute on a CPU, and a sheet of pictures to show."""
 
 import json
 import platform
@@ -37,6 +37,9 @@ PROMPTS = (  # in the words of the embedded model, those of finetune/scenes
 )
 GIVEN_SCENE, NEW_PROMPT = "test-116", "a large purple cone and a purple cube on a snowy plain under a clear sky"
 GUIDANCE_SCALE = 3.0  # where the embedded model draws whole objects: with more they merge, with less some are missing
+SCANNED_SCENE, SCANNED_ROWS = "test-038", slice(18, None, 32)  # of 256, as few as a simple LiDAR has
+PAINTED_SCENE, PAINTED_PROMPT = "test-004", "a large red box on dry earth"
+PAINTED_BOX = (60, 60, 200, 200)  # left, top, right, bottom in pixels
 STRENGTHS = {"loosely": -5, "tightly": -11, "rigidly": None}  # log2_alpha of depth -> image
 DEPTH_STEPS = 1  # the mean of what fits the image; the embedded model errs more in more steps, see its card
 ERRORS = ("abs_rel", "delta1")
@@ -79,7 +82,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
         warnings.showwarning = lambda message, category, *_: (
             None if quiet or category is not UserWarning else print(f"warning: {message}", file=sys.stderr)
         )
-        task = progress.add_task("loading", total=steps * (1 + len(STRENGTHS)) + 2 * DEPTH_STEPS)
+        task = progress.add_task("loading", total=steps * (2 + len(STRENGTHS)) + 4 * DEPTH_STEPS)
         pipe = load_pipeline(model, device, dtype, **loading)
         pipe.set_progress_bar_config(disable=True)
 
@@ -97,7 +100,10 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
         texts, text_sheet = from_text(make, folder, seed, sampling)
         depths, depth_sheet = from_images(make, folder, seed, scenes)
         images, image_sheet = from_depth(make, folder, seed, sampling, scenes)
-        joined([joined([text_sheet, image_sheet], below=True), depth_sheet]).save(folder / "contact_sheet.png")
+        completed, scan_sheet = from_scan(make, folder, seed, scenes)
+        painted, paint_sheet = from_painted(make, folder, seed, sampling, scenes)
+        whole = joined([joined([text_sheet, image_sheet], below=True), depth_sheet])
+        joined([whole, joined([scan_sheet, paint_sheet])], below=True).save(folder / "contact_sheet.png")
         mean = mean_metrics([{name: facts[name] for name in ERRORS} for facts in depths])
         metadata = {
             "command": "demo",
@@ -113,6 +119,8 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
             "image_to_depth": depths,
             "image_to_depth_mean": mean,
             "depth_to_image": images,
+            "completion": completed,
+            "inpainting": painted,
             "seconds": round(time.perf_counter() - started, 3),
         }
         (folder / METADATA).write_text(json.dumps(metadata, indent=2, default=str) + "\n", encoding="utf-8")
@@ -173,6 +181,40 @@ def from_depth(make, folder, seed, sampling, scenes):
         rows.append([Image.fromarray(colorize_depth(given)), image])
     labels = [f"depth followed {name}" + (f", log2_alpha {a}" if a else "") for name, a in STRENGTHS.items()]
     return facts, contact_sheet(rows, labels, ("depth given", "image made"), CELL, f"Depth to image: {NEW_PROMPT}")
+
+
+def from_scan(make, folder, seed, scenes):
+    """Depth of the image of `SCANNED_SCENE` and of a few rows of its depth: its errors without any alignment,
+    and the sheet."""
+    scene = next(scene for scene in scenes if scene.name == SCANNED_SCENE)
+    scan = np.zeros_like(scene.depth)
+    scan[SCANNED_ROWS] = scene.depth[SCANNED_ROWS]
+    inputs = {"image": scene.image, "depth": scan, "num_inference_steps": DEPTH_STEPS}
+    made = make("image and depth in part to depth", [seed], **inputs)
+    depth, mask = made.depth[0], made.depth_mask[0]
+    errors = {name: depth_metrics(depth, scene.depth)[name] for name in ERRORS}
+    facts = {"result": "completed", "scene": scene.caption, "seed": seed} | errors
+    write(folder, facts, scene.image, depth, mask=mask, points=False)
+    near, far = np.percentile(scene.depth[scene.depth > 0], PERCENTILES)
+    maps = (scan, scan > 0), (depth, mask), (scene.depth, scene.depth > 0)
+    row = [scene.image, *(Image.fromarray(colorize_depth(*d, near=near, far=far)) for d in maps)]
+    columns, label = ("image given", "depth given", "depth made", "true depth"), f"AbsRel {errors['abs_rel']:.1%}"
+    return [facts], contact_sheet([row], [label], columns, CELL, "Completion of depth, in the unit of what is given")
+
+
+def from_painted(make, folder, seed, sampling, scenes):
+    """The image of `PAINTED_SCENE` with a part made anew from a prompt: what metadata.json says, and the sheet."""
+    scene = next(scene for scene in scenes if scene.name == PAINTED_SCENE)
+    mask = Image.new("L", scene.image.size)
+    mask.paste(255, PAINTED_BOX)
+    inputs = {"image": scene.image, "mask_image": mask, "prompt": PAINTED_PROMPT, "num_refinement_steps": DEPTH_STEPS}
+    made = make("image in part to image and depth", [seed], **inputs | sampling)
+    facts = {"result": "inpainted", "scene": scene.caption, "prompt": PAINTED_PROMPT, "seed": seed}
+    write(folder, facts, made.images[0], made.depth[0], mask=made.depth_mask[0])
+    hidden = Image.composite(Image.new("RGB", scene.image.size, "white"), scene.image, mask)
+    row = [scene.image, hidden, made.images[0], Image.fromarray(colorize_depth(made.depth[0], made.depth_mask[0]))]
+    columns = ("image", "what is given of it", "image made", "depth made")
+    return [facts], contact_sheet([row], None, columns, CELL, f"Inpainting: {PAINTED_PROMPT}")
 
 
 def write(folder, facts, image, depth, **options):

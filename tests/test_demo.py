@@ -14,6 +14,8 @@ from mf_diffusers import cli, demo
 
 
 RESULTS = {f"text-{number}" for number in (1, 2, 3)} | {f"image-{strength}" for strength in demo.STRENGTHS}
+RESULTS |= {"completed", "inpainted"}
+TASKS = ("text_to_image_and_depth", "image_to_depth", "depth_to_image", "completion", "inpainting")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,10 @@ def run(*arguments):
     return result.stdout
 
 
+def scene_of(scenes, name):
+    return next(scene for scene in scenes if scene.name == name)
+
+
 def metadata(folder):
     return json.loads(Path(folder, "metadata.json").read_text())
 
@@ -57,15 +63,32 @@ def test_all_files_and_numbers_are_written(model):
         assert files <= {path.name for path in (output / name).iterdir()}, name
     facts = metadata(output)
     assert facts["model"] == str(model) and facts["seconds"] > 0 and facts["steps"] == {"images": 1, "depth": 1}
-    listed = [facts[task] for task in ("text_to_image_and_depth", "image_to_depth", "depth_to_image")]
+    listed = [facts[task] for task in TASKS]
     assert {result["result"] for task in listed for result in task} == results
-    assert [[result["seed"] for result in task] for task in listed] == [[3, 4, 5], [3, 4, 5, 6, 7, 8], [3, 3, 3]]
+    assert [[result["seed"] for result in task] for task in listed] == [
+        [3, 4, 5],
+        [3, 4, 5, 6, 7, 8],
+        [3, 3, 3],
+        [3],
+        [3],
+    ]
     assert [result["log2_alpha"] for result in listed[2]] == [-5, -11, None]
     assert facts["image_to_depth_mean"]["abs_rel"] == np.mean([scene["abs_rel"] for scene in listed[1]])
     with Image.open(output / "contact_sheet.png") as sheet:
         assert min(sheet.size) > 6 * demo.CELL
-    given = next(scene.depth for scene in scenes if scene.name == demo.GIVEN_SCENE)
+    given = scene_of(scenes, demo.GIVEN_SCENE).depth
     assert np.array_equal(np.load(output / "image-rigidly" / "depth.npy"), given)
+    scanned, painted = (scene_of(scenes, name) for name in (demo.SCANNED_SCENE, demo.PAINTED_SCENE))
+    known = np.zeros_like(scanned.depth, dtype=bool)
+    known[demo.SCANNED_ROWS] = scanned.depth[demo.SCANNED_ROWS] > 0
+    assert 0.01 < known.mean() < 0.05
+    np.testing.assert_allclose(np.load(output / "completed" / "depth.npy")[known], scanned.depth[known], rtol=1e-3)
+    with Image.open(output / "inpainted" / "image.png") as image:
+        differs = (np.asarray(image) != np.asarray(painted.image)).any(axis=-1)
+    rows, columns = np.nonzero(differs)
+    left, top, right, bottom = demo.PAINTED_BOX
+    assert differs[top:bottom, left:right].mean() > 0.9
+    assert columns.min() >= left and columns.max() < right and rows.min() >= top and rows.max() < bottom
 
 
 def test_the_seed_decides_and_nothing_is_overwritten_unless_asked(model, monkeypatch):
@@ -111,5 +134,5 @@ def test_the_scenes_are_held_out_ones_and_the_prompts_in_their_words():
         assert same.mean() > 0.999  # pixels on an edge may fall to either side
         pixels = np.asarray(scene.image) / 255
         assert np.abs(pixels - image.permute(1, 2, 0).numpy()).mean() < 0.03  # this one is not antialiased
-    for prompt in (*demo.PROMPTS, demo.NEW_PROMPT):
+    for prompt in (*demo.PROMPTS, demo.NEW_PROMPT, demo.PAINTED_PROMPT):
         assert set(prompt.replace(",", "").split()) <= VOCABULARY
