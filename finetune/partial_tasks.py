@@ -72,6 +72,11 @@ class PartialTasks:
             sparse[number, mask] = self.depths[number, mask]
         return sparse
 
+    @cached_property
+    def tenth(self) -> np.ndarray:
+        """bool (N, H, W): a random tenth of the pixels."""
+        return np.random.default_rng(0).random(self.depths.shape) < 0.1
+
     def completions(self, sparse: np.ndarray) -> dict[str, np.ndarray]:
         """Sparse depth made dense: by the model, by its image -> depth times the scale that fits best, and by linear
         interpolation."""
@@ -98,6 +103,7 @@ class PartialTasks:
         return {
             "image in part": part_of_image,
             "image and depth in part": part_of_image | {"depth": self.given_depths, "depth_mask": ~self.boxes},
+            "image in part, 10% of the depth": part_of_image | {"depth": self.given_depths, "depth_mask": self.tenth},
             "image in part, depth whole": part_of_image | {"depth": self.given_depths},
             "both made anew": {"prompt": self.prompts, "height": height, "width": width},
         }
@@ -122,7 +128,7 @@ class PartialTasks:
         images, depths = self.made(**inputs)
         found = self.image_error(images)
         if depths is not None and "depth" in inputs:
-            known = ~self.boxes & (self.depths > 0)
+            known = inputs.get("depth_mask", self.depths > 0) & (self.depths > 0)
             found["given depth moved by"] = float(np.abs(depths - self.depths)[known].max())
             found |= self.depth_error(depths, self.boxes)
         elif depths is not None:
