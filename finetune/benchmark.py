@@ -43,14 +43,15 @@ from finetune import post_train, pretrain
 from finetune.cache import SHARD, EncodedSamples, shard_path
 from finetune.config import load_config, take_flag
 from finetune.encoding import EncodedBatch
-from finetune.memory import DTYPES
 from finetune.models import empty_transformer, read_base, read_token_size
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
 from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage
 from finetune.start_check import check_start
 from finetune.trainer import Trainer, join_processes
 from mf_diffusers import DepthProcessor
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.modality_forcing.backbones import BACKBONES
+from mf_diffusers.precision import DTYPES
 
 
 # Dense bfloat16 products with float32 accumulation, FLOP/s, by what is in torch's name of the device: NVIDIA's data
@@ -395,4 +396,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

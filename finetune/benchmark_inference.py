@@ -33,8 +33,11 @@ from finetune.benchmark import device_name, fill_randomly, peak_memory, report, 
 from finetune.config import load_config
 from finetune.models import FLUX2_TOKEN_SIZE, empty_transformer, read_base
 from finetune.post_train import PostTrainConfig, check
+from finetune.trainer import training_device
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU
+from mf_diffusers.precision import computes_in_bfloat16
 
 
 WEIGHTS = ("fp32", "bf16", "fp8", "nf4")
@@ -58,8 +61,9 @@ COLUMNS = {
 class Sampling:
     """
     Args:
-        weights: of the transformer: "fp32"; "bf16"; "fp8", stored in 8 bits by diffusers' layerwise casting and
-            computed in bfloat16; or "nf4", stored in 4 bits by bitsandbytes.
+        weights: of the transformer: "fp32"; "bf16"; "auto": bf16 where the device has instructions for it, else fp32;
+            "fp8", stored in 8 bits by diffusers' layerwise casting and computed in bfloat16; or "nf4", stored in 4 bits
+            by bitsandbytes.
         offload: "none"; "model", a model at a time on the device; or "group", a layer at a time.
         side: of the square image, in pixels; null: `sample_size`.
         image_to_depth_steps, joint_steps: Euler steps of the two tasks; several numbers are measured one after another.
@@ -67,7 +71,7 @@ class Sampling:
         output: file of JSON lines, to which the results are appended.
     """
 
-    weights: str = "bf16"
+    weights: str = "auto"
     offload: str = "none"
     side: int | None = None
     image_to_depth_steps: list[int] = field(default_factory=lambda: [1, 4])
@@ -76,8 +80,10 @@ class Sampling:
     output: str = "outputs/benchmark.jsonl"
 
     def __post_init__(self):
+        if self.weights == "auto":
+            self.weights = "bf16" if computes_in_bfloat16(training_device()) else "fp32"
         if self.weights not in WEIGHTS:
-            raise SystemExit(f"error: benchmark.weights {self.weights!r} is none of {', '.join(WEIGHTS)}")
+            raise SystemExit(f"error: benchmark.weights {self.weights!r} is none of auto, {', '.join(WEIGHTS)}")
         if self.offload not in OFFLOADS:
             raise SystemExit(f"error: benchmark.offload {self.offload!r} is none of {', '.join(OFFLOADS)}")
         if (self.weights, self.offload) == ("nf4", "group"):
@@ -255,4 +261,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # running a file puts its folde
 
 from finetune import post_train, pretrain
 from finetune.config import load_config
+from mf_diffusers.errors import errors_as_lines
 
 
 def main():
@@ -35,4 +36,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

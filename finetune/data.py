@@ -101,7 +101,7 @@ class MixtureConfig:
     seed: int = 0
 
 
-class TooManyUnreadableError(RuntimeError):
+class TooManyUnreadableError(ValueError):
     """More samples than `ReadReport` lets pass could not be read."""
 
 
@@ -162,6 +162,8 @@ class Source:
             report.tried += 1
             try:
                 return self[index]
+            except TooManyUnreadableError:
+                raise
             except (ValueError, OSError) as error:
                 report.failures.append(str(error))
                 report.check()

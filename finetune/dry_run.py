@@ -6,9 +6,10 @@ The formulas of the memory, and what they leave out, are in finetune/memory.py.
 from collections import Counter
 
 from finetune.cache import CacheConfig
-from finetune.memory import DTYPES, Launch, post_training_memory, pretraining_memory
+from finetune.memory import Launch, post_training_memory, pretraining_memory
 from finetune.models import live_text_encoder, live_text_encoder_of_base
 from finetune.source_check import open_sources
+from mf_diffusers.precision import DTYPES
 
 
 def cache_bytes(config: CacheConfig, token_size: int, token_channels: int, text_bytes: int) -> int:

@@ -31,6 +31,7 @@ from finetune.measurements import load_pipeline
 from finetune.scene_reader import check_on_scenes, named_objects, reader_at
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.demo import joined
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import atomic_write
 from mf_diffusers.modality_forcing.image_processor import image_to_tensor
 from mf_diffusers.visualization import colorize_depth, contact_sheet
@@ -134,4 +135,5 @@ def print_numbers(found: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from finetune.data import Source
 from finetune.validation import image_to_depth_metrics
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.files import atomic_write
+from mf_diffusers.precision import choose_dtype
 
 
 class Measurements:
@@ -33,13 +33,18 @@ class Measurements:
 
 
 def run_script(name: str, *arguments: str | Path) -> None:
-    """A script of this folder, in a process of its own; it goes on where it was stopped."""
-    subprocess.run([sys.executable, Path(__file__).with_name(name), *arguments], check=True)
+    """A script of this folder, in a process of its own; it goes on where it was stopped.
+
+    Raises SystemExit when it fails: it has said why.
+    """
+    done = subprocess.run([sys.executable, Path(__file__).with_name(name), *arguments])
+    if done.returncode:
+        raise SystemExit(done.returncode)
 
 
 def load_pipeline(folder: str | Path) -> ModalityForcingPipeline:
-    """A pipeline to measure, in bfloat16, as the published model is used."""
-    pipe = ModalityForcingPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    """A pipeline to measure on the CPU, in bfloat16 as the published model is used, unless the CPU emulates that."""
+    pipe = ModalityForcingPipeline.from_pretrained(folder, dtype=choose_dtype("cpu"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -33,9 +33,9 @@ from accelerate.utils import gather_object
 from finetune.sharding import is_deepspeed_asked, is_sharding_asked, roots
 from finetune.trainer import TrainerConfig
 from mf_diffusers.modality_forcing.backbones import BACKBONES
+from mf_diffusers.precision import DTYPES
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}
 MARGIN = 1.2  # for what the estimate leaves out
 SHARDED_LAUNCH = "accelerate launch --config_file finetune/accelerate/fsdp2.yaml --num_processes"

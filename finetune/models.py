@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from omegaconf import OmegaConf
 
-from finetune.memory import DTYPES
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.backbones import BACKBONES, family_of
+from mf_diffusers.precision import DTYPES
 
 
 TEXT_ENCODER_PARAMETERS = {  # of those that are known without their files

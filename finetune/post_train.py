@@ -26,7 +26,7 @@ from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
 from finetune.dry_run import report_post_training
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.memory import DTYPES, Launch, memory_verdict, post_training_memory
+from finetune.memory import Launch, memory_verdict, post_training_memory
 from finetune.models import (
     check_architecture,
     empty_transformer,
@@ -38,9 +38,11 @@ from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import validate
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
+from mf_diffusers.precision import DTYPES
 
 
 @dataclass
@@ -302,4 +304,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

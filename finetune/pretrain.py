@@ -29,17 +29,19 @@ from finetune.config import arguments_of, check_names, load_config, save_config,
 from finetune.data import ReadReport, Source
 from finetune.dry_run import report_pretraining
 from finetune.encoding import EncodedBatch, Encoder
-from finetune.memory import DTYPES, memory_verdict, pretraining_memory
+from finetune.memory import memory_verdict, pretraining_memory
 from finetune.models import live_text_encoder, read_token_size
 from finetune.source_check import open_data
 from finetune.start_check import check_start
 from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
+from mf_diffusers.precision import DTYPES
 from mf_diffusers.visualization import contact_sheet
 
 
@@ -388,4 +390,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

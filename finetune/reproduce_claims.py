@@ -36,6 +36,7 @@ from finetune.measurements import (
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.depth_io import as_depth_map
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.evaluation.metrics import depth_metrics
 from mf_diffusers.files import save_whole
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, position_ids
@@ -306,4 +307,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

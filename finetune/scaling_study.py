@@ -31,6 +31,7 @@ from finetune.measurements import (
     run_script,
     table_cell,
 )
+from mf_diffusers.errors import errors_as_lines
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -261,4 +262,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with errors_as_lines():
+        main()

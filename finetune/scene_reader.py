@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which t
 
 from finetune.scenes import render_scenes
 from finetune.scenes.scene import COLOURS, FIRST_OBJECT, SHAPES, sample_scene
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import atomic_write
 
 
@@ -273,4 +274,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with errors_as_lines():
+        typer.run(main)

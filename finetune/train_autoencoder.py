@@ -29,8 +29,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from finetune.config import load_config, save_config
 from finetune.scenes import render_scenes
+from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import atomic_write, save_whole
 from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
+from mf_diffusers.precision import DTYPES, choose_dtype
 
 
 SHARD = 500  # scenes per file of the pool: what an interruption while rendering can lose
@@ -42,7 +44,7 @@ class Config:
     resume: bool = False
     seed: int = 0
     device: str = "cpu"
-    precision: str = "bf16"  # of the products in training; bf16 or fp32
+    precision: str = "auto"  # of the products in training: bf16, fp32, or what the device has instructions for
     # scenes
     image_size: int = 64
     train_scenes: int = 8000
@@ -112,11 +114,13 @@ def edge_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return loss / 6
 
 
-def training_loss(vae: AutoencoderKLFlux2, images: torch.Tensor, rng: torch.Generator, config: Config) -> torch.Tensor:
-    """Of uint8 images, flipped at random."""
+def training_loss(
+    vae: AutoencoderKLFlux2, images: torch.Tensor, rng: torch.Generator, config: Config, dtype: torch.dtype
+) -> torch.Tensor:
+    """Of uint8 images, flipped at random; the products are in `dtype`."""
     flip = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
     target = torch.where(flip, images.flip(-1), images).to(config.device) / 127.5 - 1
-    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32):
         posterior = vae.encode(target).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         # Noise in proportion to the latents: the encoder cannot escape it by making them larger.
@@ -207,8 +211,9 @@ def learning_rate(step: int, config: Config) -> float:
 
 def train(config: Config) -> list[float]:
     """Returns the loss of each step taken here."""
-    if config.precision not in ("bf16", "fp32"):
-        raise SystemExit(f"error: precision is bf16 or fp32, not {config.precision!r}")
+    if config.precision not in ("auto", *DTYPES):
+        raise SystemExit(f"error: precision is auto, bf16 or fp32, not {config.precision!r}")
+    dtype = choose_dtype(config.device, DTYPES.get(config.precision))
     levels = len(config.block_out_channels)
     if levels != 3 or config.image_size % 8:
         raise SystemExit("error: block_out_channels needs three levels and image_size a multiple of 8")
@@ -241,14 +246,15 @@ def train(config: Config) -> list[float]:
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay)
     start = load_checkpoint(checkpoint, vae, ema, optimizer) if checkpoint.exists() else 0
-    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, steps {start} to {config.steps}", flush=True)
+    count = sum(p.numel() for p in vae.parameters())
+    print(f"{count:,} parameters, products in {dtype}, steps {start} to {config.steps}", flush=True)
 
     losses = []
     progress = tqdm(total=config.steps * config.batch_size, initial=start * config.batch_size, unit=" samples")
     for step in range(start, config.steps):
         rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
         images = pool[torch.randint(len(pool), (config.batch_size,), generator=rng)]
-        loss = training_loss(vae, images, rng, config)
+        loss = training_loss(vae, images, rng, config, dtype)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), config.clip_norm)
         for group in optimizer.param_groups:
@@ -278,4 +284,5 @@ def train(config: Config) -> list[float]:
 
 
 if __name__ == "__main__":
-    train(load_config(Config))
+    with errors_as_lines():
+        train(load_config(Config))

@@ -23,6 +23,7 @@ from finetune import sharding
 from finetune.data import ReadReport
 from finetune.encoding import EncodedBatch
 from mf_diffusers.files import place_folder
+from mf_diffusers.precision import DTYPES, choose_dtype, computes_in_bfloat16
 
 
 COUNTS = ("batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints", "validate_every", "log_every")
@@ -41,7 +42,8 @@ class TrainerConfig:
         learning_rate: reached after `warmup_steps`, then constant, but for the last `cooldown_steps`: there it falls to
             nothing, on a straight line.
         optimizer: "adamw", or "adamw8bit" (bitsandbytes, GPU).
-        mixed_precision: "fp32" or "bf16"; weights in training stay float32.
+        mixed_precision: what is computed in, "fp32" or "bf16"; "auto": bf16 where the device has instructions for it,
+            else fp32. Weights in training are float32 either way.
         compile: compile the transformer's blocks (torch.compile); needs a C++ compiler.
         attention: a backend of diffusers' `set_attention_backend`, "_native_math" for example, which is the fastest for
             short sequences on a CPU; None: diffusers' choice.
@@ -68,7 +70,7 @@ class TrainerConfig:
     adam_beta2: float = 0.99
     max_grad_norm: float = 1.0
     optimizer: str = "adamw"
-    mixed_precision: str = "bf16"
+    mixed_precision: str = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     attention: str | None = None
@@ -84,11 +86,19 @@ class TrainerConfig:
     def __post_init__(self):
         if self.optimizer not in ("adamw", "adamw8bit"):
             raise SystemExit(f"error: optimizer {self.optimizer!r} is none of adamw, adamw8bit")
-        if self.mixed_precision not in ("fp32", "bf16"):
-            raise SystemExit(f"error: mixed_precision {self.mixed_precision!r} is neither fp32 nor bf16")
+        if self.mixed_precision == "auto":
+            self.mixed_precision = "bf16" if computes_in_bfloat16(training_device()) else "fp32"
+        if self.mixed_precision not in DTYPES:
+            raise SystemExit(f"error: mixed_precision {self.mixed_precision!r} is none of auto, fp32, bf16")
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise SystemExit(f"error: {name} must be 1 or more, not {getattr(self, name)}")
+
+
+def training_device() -> torch.device:
+    """What a launch trains on, known before its processes join."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
 
 
 def join_processes() -> PartialState:
@@ -125,6 +135,9 @@ class Trainer:
             project_dir=config.output,
         )
         self.device = self.accelerator.device
+        if self.accelerator.is_main_process:
+            choose_dtype(self.device, DTYPES[config.mixed_precision])  # warns where it is emulated
+            print(f"computes in {config.mixed_precision} on {self.device.type}")
         self.is_sharded = sharding.is_sharding_asked()
         if config.attention:
             for module in model.modules():
@@ -154,7 +167,7 @@ class Trainer:
         """Makes of the model what computes, its trainable parameters by name, the optimiser, and `shards`: the module
         whose verbs are for such parameters."""
         config, self.shards = self.config, sharding
-        dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        dtype = DTYPES[config.mixed_precision]
         if sharding.is_fsdp_asked():
             sharding.shard(model, self.device, dtype)
         self.prepared = model if self.is_sharded else self.accelerator.prepare(model)

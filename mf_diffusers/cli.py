@@ -6,7 +6,7 @@ import typer
 
 from mf_diffusers import __version__
 from mf_diffusers.commands.checkpoints import convert, info
-from mf_diffusers.commands.console import Commands
+from mf_diffusers.commands.console import Command
 from mf_diffusers.commands.datasets import prepare
 from mf_diffusers.commands.demonstration import demo
 from mf_diffusers.commands.editing import complete, inpaint
@@ -15,7 +15,6 @@ from mf_diffusers.commands.results import depth, generate, image
 
 
 app = typer.Typer(
-    cls=Commands,
     help="Modality Forcing: images and depth from one diffusion transformer.",
     no_args_is_help=True,
     add_completion=False,
@@ -23,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (generate, depth, image, inpaint, complete, demo, convert, info, evaluate, compare, prepare):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def print_version(wanted: bool) -> None:

@@ -2,9 +2,7 @@
 
 import json
 import platform
-import sys
 import time
-import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -78,10 +76,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
     sampling = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}  # of the tasks that make images
     console = Console(stderr=True)
     progress = Progress(console=console, disable=quiet or not console.is_terminal, transient=True)
-    with temporary_folder(output.parent) as folder, warnings.catch_warnings(), progress:
-        warnings.showwarning = lambda message, category, *_: (
-            None if quiet or category is not UserWarning else print(f"warning: {message}", file=sys.stderr)
-        )
+    with temporary_folder(output.parent) as folder, progress:
         task = progress.add_task("loading", total=steps * (2 + len(STRENGTHS)) + 4 * DEPTH_STEPS)
         pipe = load_pipeline(model, device, dtype, **loading)
         pipe.set_progress_bar_config(disable=True)

@@ -182,7 +182,7 @@ def test_weights_and_offloads(pipeline, tmp_path, weights, offload):
         (benchmark, ["benchmark.samples=1000"], "from 1 to 256"),
         (benchmark, ["mode=half"], "none of full, all, lora"),
         (benchmark, ["--pretrain"], "base"),
-        (benchmark_inference, ["benchmark.weights=fp4"], "none of fp32, bf16, fp8, nf4"),
+        (benchmark_inference, ["benchmark.weights=fp4"], "none of auto, fp32, bf16, fp8, nf4"),
         (benchmark_inference, ["benchmark.offload=disk"], "none of none, model, group"),
         (benchmark_inference, ["benchmark.weights=nf4", "benchmark.offload=group"], "does not move"),
     ],

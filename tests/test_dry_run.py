@@ -19,6 +19,7 @@ from finetune.post_train import PostTrainConfig, choose_trainable
 from finetune.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
+from mf_diffusers.precision import DTYPES
 
 
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
@@ -45,7 +46,7 @@ def loss_of(pipe, transformer, batch_size=2, text_length=64):
 @pytest.mark.parametrize("base_dtype", ["fp32", "bf16"])
 def test_weights_gradients_optimizer_and_averages_are_counted_exactly(tmp_path, mode, base_dtype):
     pipe = make_pipeline()
-    model = pipe.transformer.to(memory.DTYPES[base_dtype])
+    model = pipe.transformer.to(DTYPES[base_dtype])
     choose_trainable(model, PostTrainConfig(mode=mode, lora_rank=2))
     trainer = Trainer(TrainerConfig(output=tmp_path, batch_size=2, micro_batch_size=2), model)
     loss_of(pipe, trainer.prepared).backward()

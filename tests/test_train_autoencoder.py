@@ -106,7 +106,7 @@ def test_settings(tmp_path):
     assert load_config(Config, ["--config", path, "steps=7"]).steps == 7
     with pytest.raises(SystemExit, match="layer_per_block"):
         load_config(Config, ["--config", path, "layer_per_block=1"])
-    with pytest.raises(SystemExit, match="precision is bf16 or fp32"):
+    with pytest.raises(SystemExit, match="precision is auto, bf16 or fp32"):
         train(tiny(tmp_path, precision="fp8"))
     with pytest.raises(SystemExit, match="three levels"):
         train(tiny(tmp_path, block_out_channels=[8, 8]))

@@ -329,7 +329,7 @@ def test_compiled_blocks_train_alike_and_resume(base, cache, tmp_path, monkeypat
         (["trainer.batch_size=0"], "batch_size must be 1 or more, not 0"),
         (["trainer.log_every=0"], "log_every must be 1 or more, not 0"),
         (["trainer.optimizer=sgd"], "none of adamw, adamw8bit"),
-        (["trainer.mixed_precision=fp16"], "neither fp32 nor bf16"),
+        (["trainer.mixed_precision=fp16"], "none of auto, fp32, bf16"),
         (["flip=true"], "flip=true needs cache.folder=null"),
         (["cache.text=false"], "cache.text must be true where the text encoder is frozen"),
     ],

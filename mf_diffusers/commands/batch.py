@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mf_diffusers
 from mf_diffusers.checkpoints import load_pipeline
-from mf_diffusers.commands.console import warnings_as_lines
 from mf_diffusers.commands.machine import device_and_dtype, hush_libraries
 from mf_diffusers.commands.options import FLAGS, Options
 from mf_diffusers.errors import is_debugging, one_line, with_options
@@ -59,7 +58,7 @@ class Batch:
             progress.advance(all_results, 1 / pipe.num_timesteps)
             return {}
 
-        with progress, warnings_as_lines(self.options.quiet):
+        with progress:
             for number, source in enumerate(sources):
                 progress.reset(this_result, total=None, description=name_of(source))
                 try:

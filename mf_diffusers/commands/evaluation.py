@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mf_diffusers.alignment import ALIGNMENTS
-from mf_diffusers.commands.console import warnings_as_lines
 from mf_diffusers.commands.options import (
     Device,
     Dtype,
@@ -119,8 +118,7 @@ def evaluate(
         facts = {"model": str(Path(model).resolve()) if Path(model).exists() else model, "lora": lora}
         is_disparity, is_fitted = alignment == "disparity", method == "fitted"
         predictor = ModelPredictor(pipe, facts, steps, ensemble, seed, is_disparity, is_fitted)
-    with warnings_as_lines(quiet):
-        report = run_evaluation(frames, protocol, predictor, output, limit, save_predictions, overwrite, quiet)
+    report = run_evaluation(frames, protocol, predictor, output, limit, save_predictions, overwrite, quiet)
     if report is not None:  # the main process speaks
         show(report, total, output, quiet)
 
@@ -162,9 +160,7 @@ def compare(
     mf-diffusers compare outputs/a/report.json outputs/b/report.json
     """
     table = Table("metric", "A", "B", "B - A", "95 % interval", "frames")
-    with warnings_as_lines(quiet=False):
-        compared = compare_reports(first, second, seed=seed)
-    for metric, row in compared.items():
+    for metric, row in compare_reports(first, second, seed=seed).items():
         values = [f"{row[name]:.4f}" for name in ("first", "second")]
         interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
         table.add_row(metric, *values, f"{row['difference']:+.4f}", interval, str(row["frames"]))

@@ -4,9 +4,14 @@ import diffusers
 import torch
 import transformers
 
+from mf_diffusers.precision import choose_dtype
+
 
 def device_and_dtype(device: str, dtype: str, offload: str) -> tuple[str, torch.dtype]:
-    """The torch device and dtype of an answer that may be "auto"."""
+    """The torch device and dtype of an answer that may be "auto".
+
+    Warns with UserWarning when the device emulates the dtype that is asked for.
+    """
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [name for name in there if there[name]]
@@ -16,9 +21,7 @@ def device_and_dtype(device: str, dtype: str, offload: str) -> tuple[str, torch.
         raise ValueError(f"device={device}: torch sees {', '.join(usable)} on this machine; choose among these.")
     if device == "cpu" and offload != "none":
         raise ValueError(f"offload={offload} needs a GPU, but the device is the CPU: leave it out.")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return device, getattr(torch, dtype)
+    return device, choose_dtype(device, None if dtype == "auto" else getattr(torch, dtype))
 
 
 def hush_libraries(*, errors_alone: bool) -> None:

@@ -83,7 +83,10 @@ Fov = Annotated[float, option(min=1, max=179, panel="Result", help="Degrees that
 Exr = Annotated[bool, option("--exr", panel="Result", help="Write depth.exr too.")]
 Points = Annotated[bool, option("--points/--no-points", panel="Result", help="Write points.ply and points.glb.")]
 Device = Annotated[str, option(panel="Machine", help="auto (cuda, else mps, else cpu) or a torch device.")]
-Dtype = Annotated[str, option(panel="Machine", **DTYPES, help="auto: bfloat16 on cuda, else float32.")]
+Dtype = Annotated[
+    str,
+    option(panel="Machine", **DTYPES, help="auto: bfloat16 where the device computes in it."),
+]
 Offload = Annotated[
     str, option(panel="Machine", **choice("none", "model", "group"), help="Weights in main memory; group: least VRAM.")
 ]
