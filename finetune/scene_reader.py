@@ -29,6 +29,7 @@ from finetune.scenes import render_scenes
 from finetune.scenes.scene import COLOURS, FIRST_OBJECT, SHAPES, sample_scene
 from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import atomic_write
+from mf_diffusers.precision import computes_in_bfloat16
 
 
 KIND_OF = {word: kind for kind, words in SHAPES.items() for word in words} | {"cube": "box"}
@@ -206,7 +207,7 @@ def fit_classes(model: nn.Module, images: torch.Tensor, classes: torch.Tensor, g
         batch, wanted = images[chosen], classes[chosen]
         if step % 2:
             batch, wanted = batch.flip(-1), wanted.flip(-1) if wanted.ndim > 1 else wanted
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16("cpu")):
             logits = model(batch)
         loss = F.cross_entropy(logits.float(), wanted)
         optimizer.zero_grad()
