@@ -14,21 +14,22 @@ from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcing
 from mf_diffusers.checkpoint_files import CheckpointFiles
 from mf_diffusers.files import save_whole
 from mf_diffusers.hub import repository_folder
+from mf_diffusers.modality_forcing.adapter import read_adapter_metadata
 from mf_diffusers.modality_forcing.inputs import check_components
 from mf_diffusers.modality_forcing.loaders import PUBLISHED_FILES, PUBLISHED_SHIFT_MU, TEXT_ENCODERS
+from mf_diffusers.modality_forcing.lora import find_lora
 from mf_diffusers.modality_forcing.model_files import read_model
 from mf_diffusers.modality_forcing.pipeline_files import (
     MODELS,
+    PIPELINE_FILES,
+    TEXT_FILES,
     Part,
     check_text_encoder,
+    open_tokenizer,
     read_klein,
     read_pipeline,
     read_published,
 )
-
-
-TEXT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-PIPELINE_FILES = ["model_index.json", *(f"*/{pattern}" for pattern in TEXT_FILES), *PUBLISHED_FILES]
 
 
 @dataclass
@@ -72,32 +73,18 @@ def load_pipeline(
     damaged, or its parts do not fit: this is found out before memory is taken.
     """
     hub = {"local_files_only": offline}
-    if Path(model).is_file():
-        raise ValueError(f"model={model} is a file: give the folder that holds it and the autoencoder.")
-    folder = repository_folder(model, PIPELINE_FILES, **hub)
-    files = CheckpointFiles(folder)
-    if "model_index.json" in files:
-        own_text = text_encoder is None
-        if adapter and files.read_json("model_index.json").get("_class_name") == Flux2KleinPipeline.__name__:
-            pipe, adapter = _open_klein(files, dtype, own_text, adapter), None
-        else:
-            pipe = _open_diffusers(files, dtype, own_text)
-    elif "model.safetensors" in files:
-        if "vae" not in read_published(files):
-            raise FileNotFoundError(f"model={model} has no autoencoder: ae_encoder.safetensors is missing.")
-        pipe = ModalityForcingPipeline.from_published(folder, text_encoder=None, dtype=dtype)
-    else:
-        raise FileNotFoundError(
-            f"model={model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
-            "layout)."
-        )
+    if lora:
+        lora = find_lora(lora, **hub)  # what is not there is found out before the model is loaded
+    if adapter:
+        read_adapter_metadata(adapter)
+    pipe = _open_pipeline(model, dtype, text_encoder is None, adapter, hub)
+    if not pipe.has_depth:
+        raise ValueError(f"model={model} is a text-to-image base without depth: post-train it (finetune/).")
     if pipe.text_encoder is None:
         _add_text_encoder(pipe, text_encoder, dtype, hub)
     check_components(pipe)
-    if adapter:
-        pipe.load_adapter(adapter, merge=True)
     if lora:
-        pipe.load_lora_weights(lora, adapter_name="lora", **hub)
+        pipe.load_lora_weights(lora, adapter_name="lora")
         pipe.set_adapters("lora", lora_weight)
     if offload == "none":
         return pipe.to(device)
@@ -108,24 +95,31 @@ def load_pipeline(
     return pipe
 
 
-def _open_diffusers(files, dtype, own_text):
+def _open_pipeline(model, dtype, own_text, adapter, hub):
+    """Of a checkpoint of any kind, with the adapter merged; without a text encoder, unless it has one of its own."""
+    if Path(model).is_file():
+        raise ValueError(f"model={model} is a file: give the folder that holds it and the autoencoder.")
+    folder = repository_folder(model, [*PIPELINE_FILES, *PUBLISHED_FILES], **hub)
+    files = CheckpointFiles(folder)
     absent = {} if own_text else {"text_encoder": None, "tokenizer": None}
-    parts = read_pipeline(files, ModalityForcingPipeline, besides=tuple(absent))
-    if parts["transformer"].config["depth_channels"] is None:
-        raise ValueError(f"{files.name} is a text-to-image base without depth: post-train it (finetune/).")
-    if "text_encoder" not in parts:
-        absent = {"text_encoder": None, "tokenizer": None}
+    if "model_index.json" in files:
+        if adapter and files.read_json("model_index.json").get("_class_name") == Flux2KleinPipeline.__name__:
+            read_klein(files, besides=absent)
+            base = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **absent)
+            return ModalityForcingPipeline.from_base(base, adapter=adapter)
+        pipe = ModalityForcingPipeline.from_pretrained(folder, dtype=dtype, **absent)
+    elif "model.safetensors" in files:
+        if "vae" not in read_published(files):
+            raise FileNotFoundError(f"model={model} has no autoencoder: ae_encoder.safetensors is missing.")
+        pipe = ModalityForcingPipeline.from_published(folder, text_encoder=None, dtype=dtype)
     else:
-        absent["tokenizer"] = _open_tokenizer(parts["tokenizer"].cls, f"{files.name}/tokenizer", parts["text_encoder"])
-    return ModalityForcingPipeline.from_pretrained(files.name, dtype=dtype, use_safetensors=True, **absent)
-
-
-def _open_klein(files, dtype, own_text, adapter):
-    """FLUX.2 [klein] with the adapter that training made on it."""
-    absent = {} if own_text else {"text_encoder": None, "tokenizer": None}
-    read_klein(files, besides=tuple(absent))
-    base = Flux2KleinPipeline.from_pretrained(files.name, dtype=dtype, use_safetensors=True, **absent)
-    return ModalityForcingPipeline.from_base(base, adapter=adapter)
+        raise FileNotFoundError(
+            f"model={model} has neither model_index.json (a diffusers pipeline) nor model.safetensors (the published "
+            "layout)."
+        )
+    if adapter:
+        pipe.load_adapter(adapter, merge=True)
+    return pipe
 
 
 def _add_text_encoder(pipe, name, dtype, hub):
@@ -138,22 +132,9 @@ def _add_text_encoder(pipe, name, dtype, hub):
     part = Part(Qwen3ForCausalLM, config, weights)
     check_text_encoder(part, pipe.config.text_encoder_out_layers, width, name)
     pipe.register_modules(
-        tokenizer=_open_tokenizer(AutoTokenizer, folder, part),
+        tokenizer=open_tokenizer(AutoTokenizer, folder, part),
         text_encoder=Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True),
     )
-
-
-def _open_tokenizer(cls, folder, text_encoder):
-    try:
-        tokenizer = cls.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers of transformers raise Exception itself
-        raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
-    if len(tokenizer) > text_encoder.config["vocab_size"]:
-        raise ValueError(
-            f"The tokenizer in {folder} has {len(tokenizer)} tokens, but the text encoder knows "
-            f"{text_encoder.config['vocab_size']}: they do not belong together."
-        )
-    return tokenizer
 
 
 def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", overwrite=False, offline=False):

@@ -64,7 +64,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
         output: the new folder; see `place_result` for what happens when there is one already.
         seed: of the first result of a task; the second has the next, and so on. Conditioning strengths share one.
         steps: Euler steps of the tasks that make images; the depth of an image takes `DEPTH_STEPS`.
-        loading: `text_encoder`, `lora`, `offload` and `offline` of `load_pipeline`.
+        loading: `text_encoder`, `lora`, `lora_weight`, `adapter`, `offload` and `offline` of `load_pipeline`.
 
     Returns what metadata.json says. Raises FileNotFoundError when there is no such model.
     """

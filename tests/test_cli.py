@@ -14,14 +14,17 @@ import pytest
 import torch
 import transformers
 from conftest import close_depth, make_pipeline, make_tokenizer
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_transformer_dit import TINY_DEPTH
 from typer.testing import CliRunner
 
-from mf_diffusers import cli
+from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline, cli
 from mf_diffusers.depth_io import read_depth
 from mf_diffusers.geometry import FOV_DEGREES
+from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES
 from mf_diffusers.modality_forcing.conversion import AUTOENCODER_KEYS, export_published_transformer
 from mf_diffusers.modality_forcing.transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
@@ -440,7 +443,7 @@ def test_a_model_is_needed(photo):
         (["--model", "in/photo.png"], "is a file"),
         (["--model", "a/b/c"], "a/b/c: no such file or folder, nor such a repository on the Hub"),
         (["--model", "no/model", "--offline"], "no/model: no such file or folder, and no copy"),
-        (["--lora", "gone.safetensors"], "--lora gone.safetensors: no such file"),
+        (["--lora", "gone.safetensors"], "gone.safetensors: no such file or folder"),
         (
             ["--model", "other"],
             "is of a Flux2KleinPipeline; a ModalityForcingPipeline is needed",
@@ -567,3 +570,111 @@ def test_the_installed_command(model, photo):
     assert done.stdout == "outputs/photo\n"
     assert "error: gone.png: no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# LoRAs and adapters
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A folder with one LoRA, in a spelling of ComfyUI."""
+    down, up = make_pipeline().transformer.single_transformer_blocks[0].attn.to_out.weight.shape[::-1]
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "diffusion_model.single_blocks.0.linear2.lora_down.weight": torch.randn(2, down, generator=generator),
+        "diffusion_model.single_blocks.0.linear2.lora_up.weight": torch.randn(up, 2, generator=generator),
+        "diffusion_model.single_blocks.0.linear2.alpha": torch.tensor(1.0),
+    }
+    (tmp_path / "styles").mkdir()
+    save_file(weights, tmp_path / "styles" / "style.safetensors")
+    return tmp_path / "styles"
+
+
+def test_the_weight_of_a_lora_is_heard_and_noted(model, photo, lora):
+    depths = []
+    for number, options in enumerate(([], ["--lora", lora], ["--lora", lora, "--lora-weight", 0])):
+        run("depth", photo, "-m", model, "--steps", 1, "-o", str(number), *options)
+        depths.append(np.load(f"{number}/photo/depth.npy"))
+        noted = metadata(f"{number}/photo")["options"]
+        assert noted["lora"] == (str(lora) if options else None)
+        assert noted["lora_weight"] == (0 if "--lora-weight" in options else 1)
+    assert not np.array_equal(depths[0], depths[1])
+    np.testing.assert_allclose(depths[2], depths[0], rtol=1e-5)
+
+
+def test_a_lora_that_is_not_used_whole_is_no_result(model, photo, lora):
+    weights = load_file(lora / "style.safetensors")
+    save_file({f"text_encoder.{key}": tensor for key, tensor in weights.items()}, lora / "other.safetensors")
+    assert "several files, other.safetensors, style.safetensors: which one" in refuse(
+        "depth", photo, "-m", "no/such/model", "--lora", lora, "-q"
+    )
+    message = refuse("depth", photo, "-m", model, "--lora", lora / "other.safetensors", "-q")
+    assert "other.safetensors is not loaded, for 3 of its 3 keys have no place in this transformer" in message
+    assert not names("outputs")
+
+
+def test_an_adapter_of_training(model, photo):
+    """On its base, FLUX.2 [klein], and on a pipeline of the same base; `--lora` names the option that takes it."""
+    pipe = make_pipeline()
+    base = {name: value for name, value in pipe.transformer.config.items() if "depth" not in name and name[0] != "_"}
+    torch.manual_seed(1)
+    klein = Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(**base),
+        scheduler=pipe.scheduler,
+        vae=pipe.vae,
+        text_encoder=pipe.text_encoder,
+        tokenizer=pipe.tokenizer,
+    )
+    klein.save_pretrained("klein")
+    trained = ModalityForcingPipeline.from_base(klein, 1, text_encoder_out_layers=[1, 2, 3], default_sample_size=32)
+    trained.save_pretrained("untrained")
+    trained.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=LORA_TARGET_MODULES))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trained.transformer.named_parameters():
+            if "depth" in name or "lora" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    trained.save_adapter("pipeline.adapter.safetensors", "klein")
+    trained.transformer.fuse_lora()
+    trained.transformer.unload_lora()
+    trained.save_pretrained("trained")
+    adapter = ["--adapter", "pipeline.adapter.safetensors"]
+    depths = []
+    for name, options in {"trained": [], "klein": adapter, "untrained": adapter}.items():
+        run("depth", photo, "-m", name, "--steps", 1, "-o", f"of-{name}", *options)
+        depths.append(np.load(f"of-{name}/photo/depth.npy"))
+    for depth in depths[1:]:
+        np.testing.assert_allclose(depth, depths[0], rtol=1e-3)
+    assert metadata("of-klein/photo")["options"]["adapter"] == "pipeline.adapter.safetensors"
+    refused = refuse("depth", photo, "-m", model, "--lora", "pipeline.adapter.safetensors")
+    assert "is an adapter that training wrote: --adapter loads it" in refused
+    assert "was trained on klein, which is not the base" in refuse("depth", photo, "-m", model, *adapter)
+    assert "No weights at gone" in refuse("depth", photo, "-m", "no/such/model", "--adapter", "gone")
+    assert "Flux2KleinPipeline" in refuse("depth", photo, "-m", "klein")
+
+
+# Checkpoints that are links
+
+
+def test_folders_and_files_that_are_links(model, photo):
+    """As in the Hub's cache, and as people arrange large files."""
+    Path("linked").mkdir()
+    for path in model.iterdir():
+        Path("linked", path.name).symlink_to(path)
+    expected, report = (json.loads(run("info", folder, "--json").stdout) for folder in (model, "linked"))
+    assert report == expected | {"model": "linked"}
+    run("depth", photo, "-m", "linked", "--steps", 1)
+    Path("blobs").mkdir()
+    for path in [path for path in model.rglob("*") if path.is_file()]:
+        link = Path("snapshot", path.relative_to(model))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, f"blobs/{len(names('blobs'))}")
+        link.symlink_to(Path(f"blobs/{len(names('blobs')) - 1}").resolve())
+    assert json.loads(run("info", "snapshot", "--json").stdout) == expected | {"model": "snapshot"}
+    run("convert", "snapshot", "whole.safetensors")
+
+
+def test_the_from_scratch_family_has_no_published_layout():
+    ModalityForcingDiTTransformer2DModel(**TINY_DEPTH).save_pretrained("dit")
+    assert "the from-scratch family has no published layout" in refuse("convert", "dit", "dit.safetensors")
+    assert json.loads(run("info", "dit", "--json").stdout)["kind"] == "diffusers transformer"

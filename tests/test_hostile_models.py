@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_pipeline
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_cli import published_autoencoder
 
+from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.checkpoints import load_pipeline, read_checkpoint
 from mf_diffusers.modality_forcing.conversion import export_published_transformer
 
@@ -482,6 +483,18 @@ def test_one_line_names_the_culprit(name, tried):
         assert re.search(message, text), (door, text)
         assert "\n" not in text
         assert len(text) < 500
+
+
+def test_the_ordinary_ways_of_diffusers_name_the_weights_too(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    weight(TRANSFORMER, X, None)(tmp_path)
+    with pytest.raises(ValueError, match=r"The weights in .*transformer lack x_embedder\.weight"):
+        ModalityForcingPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"The weights of the transformer lack x_embedder\.weight"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    weight(VAE, "decoder.conv_in.weight", None)(tmp_path)
+    with pytest.raises(ValueError, match=r"The weights of the vae lack decoder\.conv_in\.weight"):
+        DiffusionPipeline.from_pretrained(tmp_path, transformer=make_pipeline().transformer)
 
 
 def test_no_memory_is_taken_for_them(tried):

@@ -87,9 +87,6 @@ class Batch:
         files = [source for source in sources if isinstance(source, Path)]
         if files and not any(file.is_file() for file in files):
             raise FileNotFoundError(f"{', '.join(map(str, files))}: no such file")
-        lora = self.options.lora or ""
-        if lora.endswith(".safetensors") and not Path(lora).is_file():
-            raise FileNotFoundError(f"lora={lora}: no such file")
 
     def load(self) -> None:
         options = self.options
@@ -102,6 +99,8 @@ class Batch:
             self.dtype,
             text_encoder=options.text_encoder,
             lora=options.lora,
+            lora_weight=options.lora_weight,
+            adapter=options.adapter,
             offload=options.offload,
             offline=options.offline,
         )

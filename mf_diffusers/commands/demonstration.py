@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 from mf_diffusers.commands.options import (
+    Adapter,
     Device,
     Dtype,
     Lora,
+    LoraWeight,
     Offline,
     Offload,
     Overwrite,
@@ -25,6 +27,8 @@ def demo(
         int, option(min=0, max=2**32, help="Result number i of a task, from 0, has the seed SEED + i.")
     ] = 0,
     lora: Lora = None,
+    lora_weight: LoraWeight = 1.0,
+    adapter: Adapter = None,
     text_encoder: TextEncoder = None,
     output: Annotated[Path, option("--output", "-o", panel="Result", help="The folder to write.")] = Path(
         "outputs/demo"
@@ -59,6 +63,8 @@ def demo(
         overwrite,
         quiet,
         lora=lora,
+        lora_weight=lora_weight,
+        adapter=adapter,
         text_encoder=text_encoder,
         offload=offload,
         offline=offline,

@@ -9,9 +9,11 @@ from rich.table import Table
 
 from mf_diffusers.alignment import ALIGNMENTS
 from mf_diffusers.commands.options import (
+    Adapter,
     Device,
     Dtype,
     Lora,
+    LoraWeight,
     Offline,
     Offload,
     Quiet,
@@ -59,6 +61,8 @@ def evaluate(
     center_crop: Annotated[int | None, option(min=1, help="Evaluate centred squares of this side.")] = None,
     geometry: Annotated[bool, option("--geometry", help="Boundary F1 and point-cloud distances too.")] = False,
     lora: Lora = None,
+    lora_weight: LoraWeight = 1.0,
+    adapter: Adapter = None,
     text_encoder: TextEncoder = None,
     output: Annotated[Path, option("--output", "-o", panel="Result", help="Folder; a run in it goes on.")] = Path(
         "outputs/evaluation"
@@ -113,9 +117,14 @@ def evaluate(
         hush_libraries(errors_alone=quiet)
         device = str(processes().device) if device == "auto" else device
         device, dtype = device_and_dtype(device, dtype, offload)
-        pipe = load_pipeline(model, device, dtype, text_encoder, lora, offload, offline)
+        pipe = load_pipeline(model, device, dtype, text_encoder, lora, offload, offline, adapter, lora_weight)
         pipe.set_progress_bar_config(disable=True)
-        facts = {"model": str(Path(model).resolve()) if Path(model).exists() else model, "lora": lora}
+        facts = {
+            "model": str(Path(model).resolve()) if Path(model).exists() else model,
+            "lora": lora,
+            "lora_weight": lora_weight if lora else None,
+            "adapter": str(adapter.resolve()) if adapter else None,
+        }
         is_disparity, is_fitted = alignment == "disparity", method == "fitted"
         predictor = ModelPredictor(pipe, facts, steps, ensemble, seed, is_disparity, is_fitted)
     report = run_evaluation(frames, protocol, predictor, output, limit, save_predictions, overwrite, quiet)

@@ -47,6 +47,10 @@ FLAGS = {
     "fov_degrees": "--fov",
     "model": "--model",
     "lora": "--lora",
+    "lora_weight": "--lora-weight",
+    "adapter": "--adapter",
+    "load_lora_weights": "--lora",
+    "load_adapter": "--adapter",
     "text_encoder": "--text-encoder",
     "predictions": "--predictions",
     "alignment": "--alignment",
@@ -69,7 +73,11 @@ TextEncoder = Annotated[
     str | None,
     option(help="Qwen3 text encoder and tokenizer, folder or Hub repository; default: the model's, or one that fits."),
 ]
-Lora = Annotated[str | None, option(help="LoRA: file, folder or Hub id.")]
+Lora = Annotated[str | None, option(help="LoRA: file, folder or Hub id, OWNER/NAME/FILE where it has several.")]
+LoraWeight = Annotated[float, option(help="Of the LoRA; 1: as it was trained.")]
+Adapter = Annotated[
+    Path | None, option(help="What training in lora mode wrote, pipeline.adapter.safetensors; MODEL is then its base.")
+]
 Steps = Annotated[int | None, option(min=1, help="Euler steps; default: the model's for the task.")]
 GuidanceScale = Annotated[
     float | None, option(min=0, help="Pull towards the prompt, off at 1; default: the model's for the task.")
@@ -105,6 +113,8 @@ class Options:
     height: Side = None
     width: Side = None
     lora: Lora = None
+    lora_weight: LoraWeight = 1.0
+    adapter: Adapter = None
     text_encoder: TextEncoder = None
     output: Output = Path("outputs")
     overwrite: Overwrite = False

@@ -9,12 +9,14 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from transformers import AutoTokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM
 from typing_extensions import Self
 
+from ..checkpoint_files import CheckpointFiles
 from ..hub import repository_folder
 from .adapter import pipeline_settings, read_adapter_metadata
 from .backbones import backbone_of
 from .conversion import convert_published_autoencoder, load_safetensors
 from .depth_processor import DepthProcessor
 from .model_files import build_empty, check_weights
+from .pipeline_files import PARTS, PIPELINE_FILES, open_tokenizer, read_pipeline
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -27,6 +29,27 @@ TEXT_ENCODERS = {7680: "Qwen/Qwen3-4B", 12288: "Qwen/Qwen3-8B"}
 
 class ModalityForcingLoaderMixin:
     """The loading methods of `ModalityForcingPipeline`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> Self:
+        r"""
+        Opens a diffusers folder or Hub repository, as `DiffusionPipeline.from_pretrained` does, once its configs are
+        found to fit its weights: what is damaged, missing or impossible costs no memory.
+
+        Args:
+            kwargs: as of `DiffusionPipeline.from_pretrained`; only safetensors is read.
+
+        Raises:
+            FileNotFoundError: there is no such folder or repository, or a file of it is missing.
+            ValueError: a part is damaged or impossible, or does not fit the others; the message names it.
+        """
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+        folder = repository_folder(pretrained_model_name_or_path, PIPELINE_FILES, **hub)
+        parts = read_pipeline(CheckpointFiles(folder), cls, besides=[part for part in PARTS if part in kwargs])
+        if "tokenizer" in parts and "text_encoder" in parts:
+            tokenizer = open_tokenizer(parts["tokenizer"].cls, folder / "tokenizer", parts["text_encoder"])
+            kwargs["tokenizer"] = tokenizer
+        return super().from_pretrained(folder, **kwargs | {"use_safetensors": True})
 
     @classmethod
     def from_published(

@@ -237,6 +237,14 @@ def check_weights(model: torch.nn.Module, weights: EmptyWeights, where: str) -> 
             raise ValueError(f"{where}: {name} is stored as {tensor.dtype}, which is no type of weights.")
 
 
+def check_loaded(**models: torch.nn.Module | None) -> None:
+    """Raises ValueError where a model was opened without some of its weights, which diffusers leaves empty."""
+    for part, model in models.items():
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta] if model else []
+        if empty:
+            raise ValueError(f"The weights of the {part} lack {shorten(empty, 3)}.")
+
+
 def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -31,6 +31,7 @@ from .inputs import (
 )
 from .latent_tokens import decode_latents, image_to_tokens, pack_cells, position_ids, tokens_to_latents
 from .loaders import ModalityForcingLoaderMixin
+from .model_files import check_loaded
 from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
 from .stream import Stream
@@ -41,7 +42,7 @@ from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 logger = logging.get_logger(__name__)
 
 
-class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, ModalityForcingLoaderMixin):
+class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapterMixin, DiffusionPipeline):
     r"""
     Text to image and depth, image to depth, depth to image, with one set of weights (Modality Forcing). With a base of
     the from-scratch family, whose transformer has no depth, it makes images alone.
@@ -97,6 +98,7 @@ class ModalityForcingPipeline(DiffusionPipeline, ModalityForcingAdapterMixin, Mo
         default_depth_guidance_scale: float = 1.0,
     ):
         super().__init__()
+        check_loaded(transformer=transformer, vae=vae, text_encoder=text_encoder)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,

@@ -1,7 +1,9 @@
 """A pipeline's files in either layout: what its parts are, and whether they fit, before anything is loaded."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -27,6 +29,9 @@ SETTINGS = {  # parts with a config alone, and its file
     "depth_scheduler": (FlowMatchEulerDiscreteScheduler, "scheduler_config.json"),
     "depth_processor": (DepthProcessor, DepthProcessor.config_name),
 }
+TEXT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+PIPELINE_FILES = ["model_index.json", *(f"*/{pattern}" for pattern in TEXT_FILES)]
+"""What is downloaded of a text encoder's repository, and of a pipeline's."""
 PARTS = (*MODELS, *SETTINGS, "tokenizer")
 OPTIONAL_PARTS = ("text_encoder", "tokenizer", "depth_scheduler", "depth_processor")
 
@@ -47,7 +52,7 @@ class Part:
     weights: EmptyWeights
 
 
-def read_pipeline(files: CheckpointFiles, pipeline_class: type, besides: tuple[str, ...] = ()) -> dict[str, Part]:
+def read_pipeline(files: CheckpointFiles, pipeline_class: type, besides: Collection[str] = ()) -> dict[str, Part]:
     """
     The parts of a diffusers folder, and under "" the pipeline's own settings.
 
@@ -81,6 +86,26 @@ def read_pipeline(files: CheckpointFiles, pipeline_class: type, besides: tuple[s
     return parts
 
 
+def open_tokenizer(cls: type, folder: str | Path, text_encoder: Part) -> PreTrainedTokenizerBase:
+    """
+    Args:
+        cls: of the tokenizer, or AutoTokenizer.
+
+    Raises:
+        ValueError: there is no tokenizer in `folder`, it is damaged, or has more tokens than the text encoder.
+    """
+    try:
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers of transformers raise Exception itself
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
+    if len(tokenizer) > text_encoder.config["vocab_size"]:
+        raise ValueError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens, but the text encoder knows "
+            f"{text_encoder.config['vocab_size']}: they do not belong together."
+        )
+    return tokenizer
+
+
 def read_published(files: CheckpointFiles) -> dict[str, Part]:
     """The parts of a checkpoint in the published layout, under diffusers' names; errors as of `read_pipeline`."""
     where = files.path("model.safetensors")
@@ -97,7 +122,7 @@ def read_published(files: CheckpointFiles) -> dict[str, Part]:
     return parts
 
 
-def read_klein(files: CheckpointFiles, besides: tuple[str, ...] = ()) -> None:
+def read_klein(files: CheckpointFiles, besides: Collection[str] = ()) -> None:
     """Raises, as `read_pipeline`, where the models in a folder of FLUX.2 [klein] are damaged."""
     for name, cls in KLEIN_MODELS.items():
         if name not in besides:
