@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
-from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.checkpoint_files import CheckpointFiles
@@ -16,16 +15,13 @@ from mf_diffusers.files import save_whole
 from mf_diffusers.hub import repository_folder
 from mf_diffusers.modality_forcing.adapter import read_adapter_metadata
 from mf_diffusers.modality_forcing.inputs import check_components
-from mf_diffusers.modality_forcing.loaders import PUBLISHED_FILES, PUBLISHED_SHIFT_MU, TEXT_ENCODERS
+from mf_diffusers.modality_forcing.loaders import PUBLISHED_FILES, PUBLISHED_SHIFT_MU
 from mf_diffusers.modality_forcing.lora import find_lora
 from mf_diffusers.modality_forcing.model_files import read_model
 from mf_diffusers.modality_forcing.pipeline_files import (
     MODELS,
     PIPELINE_FILES,
-    TEXT_FILES,
     Part,
-    check_text_encoder,
-    open_tokenizer,
     read_klein,
     read_pipeline,
     read_published,
@@ -81,7 +77,7 @@ def load_pipeline(
     if not pipe.has_depth:
         raise ValueError(f"model={model} is a text-to-image base without depth: post-train it (finetune/).")
     if pipe.text_encoder is None:
-        _add_text_encoder(pipe, text_encoder, dtype, hub)
+        pipe.load_text_encoder(text_encoder or "auto", dtype, **hub)
     check_components(pipe)
     if lora:
         pipe.load_lora_weights(lora, adapter_name="lora")
@@ -120,21 +116,6 @@ def _open_pipeline(model, dtype, own_text, adapter, hub):
     if adapter:
         pipe.load_adapter(adapter, merge=True)
     return pipe
-
-
-def _add_text_encoder(pipe, name, dtype, hub):
-    width = pipe.transformer.config.joint_attention_dim
-    name = name or TEXT_ENCODERS.get(width)
-    if name is None:
-        raise ValueError("The model has no text encoder, and none is known to fit: give `text_encoder`.")
-    folder = repository_folder(name, TEXT_FILES, **hub)
-    config, weights = read_model(CheckpointFiles(folder), "", Qwen3ForCausalLM)
-    part = Part(Qwen3ForCausalLM, config, weights)
-    check_text_encoder(part, pipe.config.text_encoder_out_layers, width, name)
-    pipe.register_modules(
-        tokenizer=open_tokenizer(AutoTokenizer, folder, part),
-        text_encoder=Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True),
-    )
 
 
 def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", overwrite=False, offline=False):

@@ -15,8 +15,16 @@ from .adapter import pipeline_settings, read_adapter_metadata
 from .backbones import backbone_of
 from .conversion import convert_published_autoencoder, load_safetensors
 from .depth_processor import DepthProcessor
-from .model_files import build_empty, check_weights
-from .pipeline_files import PARTS, PIPELINE_FILES, open_tokenizer, read_pipeline
+from .model_files import build_empty, check_weights, read_model
+from .pipeline_files import (
+    PARTS,
+    PIPELINE_FILES,
+    TEXT_FILES,
+    Part,
+    check_text_encoder,
+    open_tokenizer,
+    read_pipeline,
+)
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -92,25 +100,44 @@ class ModalityForcingLoaderMixin:
         vae_weights = {name: w if name.startswith("bn.") else w.to(dtype) for name, w in vae_weights.items()}
         vae.load_state_dict(vae_weights, assign=True)
 
-        if text_encoder == "auto":
-            text_encoder = TEXT_ENCODERS.get(transformer.config.joint_attention_dim)
-            if text_encoder is None:
-                raise ValueError(
-                    f"No known text encoder makes features of width {transformer.config.joint_attention_dim}: pass "
-                    "`text_encoder` (and `tokenizer`)."
-                )
-        if isinstance(text_encoder, (str, Path)):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(text_encoder, **hub)
-            text_encoder = Qwen3ForCausalLM.from_pretrained(text_encoder, dtype=dtype, **hub)
-        return cls(
+        is_loaded = not isinstance(text_encoder, str | Path)
+        pipe = cls(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
             depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(PUBLISHED_SHIFT_MU)),
             vae=vae.eval(),
-            text_encoder=text_encoder,
+            text_encoder=text_encoder if is_loaded else None,
             tokenizer=tokenizer,
             depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),
             default_size_rule="long_side",
+        )
+        if not is_loaded:
+            pipe.load_text_encoder(text_encoder, dtype, **hub)
+        return pipe
+
+    def load_text_encoder(self, text_encoder: str | Path = "auto", dtype: torch.dtype = torch.bfloat16, **hub) -> None:
+        r"""
+        Gives the pipeline a Qwen3 text encoder, and the tokenizer that lies with it unless it has one.
+
+        Args:
+            text_encoder: Folder or Hub repository; "auto": the one that fits the width of the transformer's text
+                features.
+            hub: `cache_dir`, `token` and `local_files_only`.
+
+        Raises:
+            FileNotFoundError: There is no such folder or repository, or a file is missing.
+            ValueError: It is damaged or does not fit the transformer, or "auto" knows none that does.
+        """
+        width = self.transformer.config.joint_attention_dim
+        name = TEXT_ENCODERS.get(width) if text_encoder == "auto" else text_encoder
+        if name is None:
+            raise ValueError(f"No known text encoder makes features of width {width}: give `text_encoder`.")
+        folder = repository_folder(name, TEXT_FILES, **hub)
+        part = Part(Qwen3ForCausalLM, *read_model(CheckpointFiles(folder), "", Qwen3ForCausalLM))
+        check_text_encoder(part, self.config.text_encoder_out_layers, width, name)
+        self.register_modules(
+            tokenizer=self.tokenizer or open_tokenizer(AutoTokenizer, folder, part),
+            text_encoder=Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True),
         )
 
     @classmethod
