@@ -497,6 +497,22 @@ def test_the_ordinary_ways_of_diffusers_name_the_weights_too(tmp_path):
         DiffusionPipeline.from_pretrained(tmp_path, transformer=make_pipeline().transformer)
 
 
+def test_a_text_encoder_from_elsewhere(tmp_path):
+    pipe = make_pipeline()
+    for part in (pipe.text_encoder, pipe.tokenizer):
+        part.save_pretrained(tmp_path / "text_encoder")
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.load_text_encoder(tmp_path / "text_encoder", torch.float32)
+    pipe.register_to_config(text_encoder_out_layers=[1, 2])
+    with pytest.raises(ValueError, match="makes features of width 32, but the transformer takes 48"):
+        pipe.load_text_encoder(tmp_path / "text_encoder")
+    with pytest.raises(ValueError, match="No known text encoder makes features of width 48"):
+        pipe.load_text_encoder()
+    pickled(TEXT)(tmp_path)
+    with pytest.raises(FileNotFoundError, match="only safetensors is read"):
+        pipe.load_text_encoder(tmp_path / "text_encoder")
+
+
 def test_no_memory_is_taken_for_them(tried):
     assert len(CASES) >= 60
     assert tried["peak"] < 1e9
