@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline, cli
 from mf_diffusers.depth_io import read_depth
 from mf_diffusers.geometry import FOV_DEGREES
-from mf_diffusers.modality_forcing.adapter import LORA_TARGET_MODULES
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.conversion import AUTOENCODER_KEYS, export_published_transformer
 from mf_diffusers.modality_forcing.transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
@@ -628,7 +628,7 @@ def test_an_adapter_of_training(model, photo):
     klein.save_pretrained("klein")
     trained = ModalityForcingPipeline.from_base(klein, 1, text_encoder_out_layers=[1, 2, 3], default_sample_size=32)
     trained.save_pretrained("untrained")
-    trained.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=LORA_TARGET_MODULES))
+    trained.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=BACKBONES["flux2"].lora_targets))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in trained.transformer.named_parameters():

@@ -8,20 +8,20 @@ from typing import Any
 
 import transformers
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
-from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, T5EncoderModel, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, T5EncoderModel
 
 from ..checkpoint_files import CheckpointFiles, EmptyWeights
+from .backbones import BACKBONES
 from .conversion import convert_published_autoencoder, convert_published_transformer
 from .depth_processor import DepthProcessor
 from .model_files import build_empty, check_weights, read_arguments, read_model, short
-from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
 MODELS = {  # parts with weights: the classes that each can be of
-    "transformer": (ModalityForcingFlux2Transformer2DModel, ModalityForcingDiTTransformer2DModel),
+    "transformer": tuple(backbone.transformer_class for backbone in BACKBONES.values()),
     "vae": (AutoencoderKLFlux2,),
-    "text_encoder": (Qwen3ForCausalLM, UMT5EncoderModel, T5EncoderModel),
+    "text_encoder": (*(backbone.text_encoder_class for backbone in BACKBONES.values()), T5EncoderModel),
 }
 KLEIN_MODELS = {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2, "text_encoder": Qwen3ForCausalLM}
 SETTINGS = {  # parts with a config alone, and its file
