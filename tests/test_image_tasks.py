@@ -1,12 +1,17 @@
 """The measurements of the tasks that make images, and what reads the pictures."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from finetune import scene_reader
+from finetune import measure_embedded, scene_reader
+from finetune.config import load_config
 from finetune.data import build_source
 from finetune.image_tasks import ImageTasks
+from finetune.measure_embedded import MeasureConfig
 from finetune.scene_reader import (
     KINDS,
     NO_OBJECT,
@@ -18,7 +23,7 @@ from finetune.scene_reader import (
     regions,
     rendered,
 )
-from finetune.scenes import render_scenes
+from finetune.scenes import VOCABULARY, render_scenes
 from finetune.scenes.scene import COLOURS, FIRST_OBJECT, sample_scene
 
 
@@ -123,3 +128,39 @@ def test_a_reader_learns_and_is_checked(monkeypatch, tmp_path):
     # One that has learnt nothing rejects most captions, right and wrong.
     assert len(shares) == 4 and shares["accepted, with their own captions"] < 0.5
     assert shares["rejected, with one kind changed"] > 0.5
+
+
+def test_the_command_measures_all_parts(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scene_reader, "SCENES", 64)
+    monkeypatch.setattr(scene_reader, "STEPS", 2)
+    pipe.register_to_config(default_sample_size=32)
+    pipe.save_pretrained(tmp_path / "model")
+    settings = {
+        "model": tmp_path / "model",
+        "output": tmp_path / "measures",
+        "reader": tmp_path / "reader.safetensors",
+        "validation_data": "{height: 32, width: 32, supersample: 1}",
+        "scenes": 2,
+        "steps": 1,
+        "strengths": [-5],
+        "checked_scenes": 20,
+    }
+    config = ["--config", "finetune/configs/measure_embedded.yaml"]
+    monkeypatch.setattr("sys.argv", ["measure", *config, *(f"{name}={value}" for name, value in settings.items())])
+    measure_embedded.main()
+    found = json.loads((tmp_path / "measures" / "measures.json").read_text())
+    assert len(found["prompts_shown"]) == 30
+    assert list(found["depth_to_image"]) == ["without depth", "log2_alpha -5", "rigidly", "rigidly, 5% of the points"]
+    assert found["joint"].keys() == {"log2_alpha 5"}
+    assert f"prompts shown: {sum(found['prompts_shown'].values())} of 30" in capsys.readouterr().out
+    with Image.open(tmp_path / "measures" / "prompts.png") as sheet:
+        assert sheet.width > 10 * 144
+
+
+def test_the_prompts_are_in_the_words_of_the_scenes():
+    config = load_config(MeasureConfig, ["--config", "finetune/configs/measure_embedded.yaml"])
+    named = [named_objects(prompt) for prompt in config.prompts]
+    assert len(set(config.prompts)) == 30 and all(named)
+    assert {word for prompt in config.prompts for word in prompt.replace(",", "").split()} <= VOCABULARY
+    assert {thing.colour for things in named for thing in things} == set(COLOURS)
+    assert {thing.kind for things in named for thing in things} == set(KINDS)
