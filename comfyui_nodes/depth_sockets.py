@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+import mf_diffusers
+from mf_diffusers.geometry import depth_edges, intrinsics_from_fov, point_cloud, save_ply, unproject
+
 
 GRAY = 0.75  # of points without an image
 
@@ -63,12 +66,10 @@ def encode_depth(
     Raises:
         ValueError: as [`depth_from_image`]; or a map has no valid pixel.
     """
-    from mf_diffusers import DepthProcessor
-
     depth, valid = depth_from_image(image, mask)
     if inverse:
         depth = torch.where(valid, 1 / depth, 0.0)
-    processor = DepthProcessor(patch_size=1)
+    processor = mf_diffusers.DepthProcessor(patch_size=1)
     tokens, valid, scale = processor.preprocess(depth, valid, *size)
     empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
     if empty:
@@ -100,8 +101,6 @@ def points_from_depth(
     Raises:
         ValueError: as [`depth_from_image`]; colours of another size; a map has no point left.
     """
-    from mf_diffusers.geometry import depth_edges, intrinsics_from_fov, point_cloud, unproject
-
     depth, valid = depth_from_image(image, mask)
     batch_size, height, width = image.shape[:3]
     if colors is None:
@@ -134,8 +133,6 @@ def points_from_depth(
 
 
 def _ply(points, colors) -> bytes:
-    from mf_diffusers.geometry import save_ply
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "points.ply")
         save_ply(path, points, colors)

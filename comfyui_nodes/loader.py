@@ -16,6 +16,12 @@ import torch.nn.functional as F
 from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.flux import Flux2TEModel
 from comfy.text_encoders.llama import BaseLlama, Llama2_, Qwen3_4BConfig
+from diffusers import AutoencoderKLFlux2
+from transformers import AutoTokenizer
+
+from mf_diffusers.demo import EMBEDDED_MODEL as EMBEDDED_MODEL
+from mf_diffusers.modality_forcing.conversion import export_published_transformer, load_safetensors
+from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
 
 
 TEXT_ENCODER = "qwen3"
@@ -49,8 +55,6 @@ def load_pipeline(folder: Path):
 
 
 def load_model(folder: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    from mf_diffusers.modality_forcing.conversion import export_published_transformer
-
     weights = export_published_transformer(_load_weights(folder / "transformer"), prefix="")
     model = comfy.sd.load_diffusion_model_state_dict(weights, disable_dynamic=disable_dynamic)
     shift, depth_shift = (
@@ -88,8 +92,6 @@ class ChatTokenizer:
     """Prompts as chat turns, padded to one length: what `mf_diffusers` does to them."""
 
     def __init__(self, folder: Path, length: int):
-        from transformers import AutoTokenizer
-
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.length = length
 
@@ -158,15 +160,11 @@ class DiffusersAutoencoder(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [0, 1] -> whitened latents (B, C, h, w)."""
-        from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens
-
         token = self.token_size
         return image_to_tokens(self.autoencoder, images).transpose(1, 2).unflatten(2, (images.shape[-2] // token, -1))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Whitened latents (B, C, h, w) -> (B, 3, H, W) in [-1, 1]."""
-        from mf_diffusers.modality_forcing.latent_tokens import decode_latents, tokens_to_latents
-
         tokens = latents.flatten(2).transpose(1, 2)
         return decode_latents(self.autoencoder, tokens_to_latents(self.autoencoder, tokens, *latents.shape[-2:]))
 
@@ -180,8 +178,6 @@ class DiffusersAutoencoder(nn.Module):
 
 
 def load_vae(folder: Path) -> comfy.sd.VAE:
-    from diffusers import AutoencoderKLFlux2
-
     config = _read_json(folder / "config.json")
     if all(config[key] == value for key, value in FLUX2_AUTOENCODER.items()):
         return comfy.sd.VAE(sd=_load_weights(folder))
@@ -220,8 +216,6 @@ def preview_colours(autoencoder: DiffusersAutoencoder, side: int = 8) -> tuple[l
 
 def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder's safetensors files: one, or several shards."""
-    from mf_diffusers.modality_forcing.conversion import load_safetensors
-
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no .safetensors file: save or download the pipeline again.")

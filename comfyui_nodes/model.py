@@ -4,13 +4,15 @@ Built on ComfyUI's own FLUX.2 blocks and `operations`, so that its memory manage
 apply. Published names are ComfyUI's names: mf_diffusers' conversion is the only table of keys.
 """
 
+import contextlib
+import functools
 import math
 
 import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
-import comfy.model_sampling
+import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
@@ -31,9 +33,18 @@ from comfy.ldm.flux.layers import (
 from comfy.ldm.flux.math import attention
 from comfy.ldm.flux.model import Flux
 
-from .streams import DEFAULT_LOG2_ALPHA, Streams
+import mf_diffusers
+from mf_diffusers.modality_forcing.conversion import convert_published_transformer
+from mf_diffusers.modality_forcing.latent_tokens import position_ids
+from mf_diffusers.modality_forcing.noise import velocity_from_clean
+
+from .run import KEY as RUN
+from .run import sample
+from .streams import DEFAULT_LOG2_ALPHA
 
 
+# What prompts may bring from other nodes.
+UNSUITED_PROMPTS = {"reference_latents": "reference latents", "control": "a ControlNet"}
 SHIFT_MU = 1.1  # of both schedules of the published model
 QK_NORM_EPS = 1e-6  # where ComfyUI's own FLUX.2 takes the dtype's epsilon
 
@@ -103,12 +114,10 @@ class DepthFlux(Flux):
         operations=None,
         **flux,
     ):
-        from mf_diffusers import DepthProcessor
-
         factory = {"dtype": dtype, "device": device, "operations": operations}
         super().__init__(depth=0, **factory, **flux)
         dim, heads, ratio = self.hidden_size, self.num_heads, self.params.mlp_ratio
-        self.depth_processor = DepthProcessor(patch_size=math.isqrt(depth_channels))
+        self.depth_processor = mf_diffusers.DepthProcessor(patch_size=math.isqrt(depth_channels))
         self.double_blocks = nn.ModuleList(DepthDoubleStreamBlock(dim, heads, ratio, **factory) for _ in range(depth))
         self.depth_decoder_blocks = nn.ModuleList(
             SingleStreamBlock(dim, heads, ratio, modulation=False, mlp_silu_act=True, bias=False, **factory)
@@ -151,8 +160,6 @@ class DepthFlux(Flux):
         return executor.execute(x, timestep, context, transformer_options)
 
     def _forward(self, x, timestep, context, transformer_options):
-        from mf_diffusers.modality_forcing.latent_tokens import position_ids
-
         image, depth = x
         rows, columns = image.shape[-2:]
         # 1. Noise levels and modulation
@@ -217,7 +224,7 @@ class DepthFlux(Flux):
         self, image_level: torch.Tensor, depth_level: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Conditioning vectors of image and depth, (B, D) each, in `dtype`."""
-        from mf_diffusers.modality_forcing.depth_stream import timestep_sinusoids
+        from mf_diffusers.modality_forcing.depth_stream import timestep_sinusoids  # and diffusers, which takes seconds
 
         # Levels are rounded to the body's dtype first (published model).
         image_proj, depth_proj = (
@@ -231,12 +238,7 @@ class DepthFlux(Flux):
 
 
 class RGBDLatentFormat(comfy.latent_formats.Flux2):
-    """
-    Image latents and a depth map, packed into one tensor (B, 1, N) while sampling; see [`Streams`].
-
-    ComfyUI asks a latent format for what leaves the sampler and for previews, but tells it neither shapes nor masks. So
-    the model notes the run's streams here as a run begins.
-    """
+    """Image latents beside a depth map: ComfyUI asks a latent format how a preview of them looks."""
 
     def __init__(self):
         super().__init__()
@@ -246,20 +248,20 @@ class RGBDLatentFormat(comfy.latent_formats.Flux2):
         self.latent_rgb_factors = torch.eye(3).tolist()
         self.latent_rgb_factors_bias = None
         self.latent_rgb_factors_reshape = self.preview
-        self.streams = self.given_latents = None
+        self._shown = None
 
-    def start_run(self, streams: Streams, given_latents: torch.Tensor):
-        self.streams, self.given_latents = streams, given_latents
-
-    def process_out(self, latent: torch.Tensor) -> torch.Tensor:
-        """From the sampler's space to clean latents; given streams come back bit by bit."""
-        streams, device = self.streams, latent.device
-        clean = latent * streams.scale.to(device)
-        return torch.where(streams.given.to(device), self.given_latents.to(device), clean)
+    @contextlib.contextmanager
+    def showing(self, image: torch.Tensor, depth: torch.Tensor):
+        """Within it, `preview` shows these streams, whichever view of them ComfyUI hands to its previewer."""
+        self._shown = image, depth
+        try:
+            yield
+        finally:
+            self._shown = None
 
     def preview(self, latent: torch.Tensor) -> torch.Tensor:
-        """The first sample of a packed latent (B, 1, N), image left and depth right: (1, 3, H, 2W) in -1..1."""
-        image, depth = (x[:1].float() for x in self.streams.split(self.process_out(latent)))
+        """The first sample that is shown, image left and depth right: (1, 3, H, 2W) in -1..1."""
+        image, depth = (x[:1].float() for x in self._shown)
         image = self.image_picture(image)
         depth = 1 - F.interpolate(depth, image.shape[-2:], mode="area")  # near is bright: contracted depth is in 0..2
         return torch.cat([image, depth.expand(-1, 3, -1, -1)], dim=-1)
@@ -272,17 +274,6 @@ class RGBDLatentFormat(comfy.latent_formats.Flux2):
         factors = torch.tensor(self.image_factors, dtype=cells.dtype, device=cells.device)
         bias = torch.tensor(self.image_bias, dtype=cells.dtype, device=cells.device)
         return torch.einsum("bchw,cd->bdhw", cells, factors) + bias.view(1, 3, 1, 1)
-
-
-class ModelSampling(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
-    """FLUX.2's flow, which carries depth in a space of its own (see [`Streams`]): latents enter it here."""
-
-    def __init__(self, model_config, latent_format: RGBDLatentFormat):
-        super().__init__(model_config)
-        self.latent_format = latent_format
-
-    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
-        return super().noise_scaling(sigma, noise, latent_image / self.latent_format.streams.scale, max_denoise)
 
 
 class ModalityForcing(comfy.model_base.Flux):
@@ -299,13 +290,9 @@ class ModalityForcing(comfy.model_base.Flux):
 
     def __init__(self, model_config, device=None):
         super().__init__(model_config, device=device, unet_model=DepthFlux)
-        self.model_sampling = ModelSampling(model_config, self.latent_format)
 
-    def encode_adm(self, **kwargs):
-        return None  # FLUX.2 has no pooled text
-
-    def extra_conds(self, **kwargs):
-        shapes = kwargs.get("latent_shapes") or ()
+    def check_latent(self, shapes):
+        """Raises ValueError where a latent of these shapes is none for this model."""
         token = self.latent_format.spacial_downscale_ratio
         fits = (
             len(shapes) == 2
@@ -319,37 +306,29 @@ class ModalityForcing(comfy.model_base.Flux):
                 f"image latents (B, {self.latent_format.latent_channels}, h, w) with depth (B, 1, {token} h, "
                 f"{token} w): connect 'Empty RGB-D Latent' or 'Encode RGB-D' to the sampler."
             )
-        for name, what in (("reference_latents", "reference latents"), ("control", "a ControlNet")):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"A Modality Forcing model takes no {what}: remove that node, and give images by 'Encode RGB-D'."
-                )
-        given, noise, mask = kwargs["latent_image"], kwargs["noise"], kwargs.get("denoise_mask")
-        mask = torch.ones_like(noise) if mask is None else mask
-        streams = Streams(shapes, mask, self.log2_alpha)
-        streams.check()
-        if not isinstance(self.model_sampling, ModelSampling) and given[streams.scale != 1].any():
-            raise ValueError(
-                "Another node has replaced this model's sampling (ModelSamplingFlux, for one), without which depth "
-                "that is made cannot start from a latent: remove that node, or set log2_alpha to 0."
-            )
-        self.latent_format.start_run(streams, given)
-        out = {
-            name: comfy.conds.CONDRegular(tensor)
-            for name, tensor in (("given", given), ("given_noise", noise), ("given_mask", mask))
-        }
-        out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
-        if kwargs.get("cross_attn") is not None:
-            out["c_crossattn"] = comfy.conds.CONDRegular(kwargs["cross_attn"])
-        return out
+
+    def check_prompts(self, prompts):
+        """Raises ValueError where a prompt brings what the model has no place for."""
+        for prompt in prompts:
+            for name, what in UNSUITED_PROMPTS.items():
+                if prompt.get(name) is not None:
+                    raise ValueError(
+                        f"A Modality Forcing model takes no {what}: remove that node, and give images by 'Encode "
+                        "RGB-D'."
+                    )
+
+    def encode_adm(self, **kwargs):
+        return None  # FLUX.2 has no pooled text
+
+    def extra_conds(self, **kwargs):
+        text = kwargs.get("cross_attn")
+        return {} if text is None else {"c_crossattn": comfy.conds.CONDRegular(text)}
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         """Clean latents as the sampler carries them (B, 1, N), from its state `x` at the noise level `t` (B,)."""
-        from mf_diffusers.modality_forcing.noise import velocity_from_clean
-
-        dtype, given = self.get_dtype_inference(), kwargs["given"]
-        streams = Streams(kwargs["latent_shapes"], kwargs["given_mask"], self.log2_alpha)
-        image, depth = streams.to_model(x, t, given, kwargs["given_noise"])
+        run = transformer_options[RUN].like(x)
+        streams, dtype = run.streams, self.get_dtype_inference()
+        image, depth = streams.to_model(x, t, run.latent, run.noise)
         image_level, depth_level = streams.levels(t)
         velocity, clean_depth = self.diffusion_model(
             [image.to(dtype), depth.to(dtype)],
@@ -361,7 +340,7 @@ class ModalityForcing(comfy.model_base.Flux):
         return streams.to_sampler(
             image - image_level.view(-1, 1, 1, 1) * velocity.float(),
             depth - depth_level.view(-1, 1, 1, 1) * depth_velocity,
-            given,
+            run.latent,
         )
 
 
@@ -373,7 +352,7 @@ class ModalityForcingConfig(comfy.supported_models.Flux2):
     supported_inference_dtypes = [torch.bfloat16, torch.float32]  # float16 overflows
 
     @classmethod
-    def matches(cls, unet_config, state_dict=None):
+    def matches(cls, unet_config, state_dict=None, **kwargs):
         return super().matches(unet_config) and any(key.endswith("depth_in.weight") for key in state_dict or ())
 
     def get_model(self, state_dict, prefix="", device=None):
@@ -400,8 +379,6 @@ def detect_config(state_dict: dict, prefix: str = "") -> dict:
     Raises:
         ValueError: keys are missing, or the model is distilled for guidance.
     """
-    from mf_diffusers.modality_forcing.conversion import convert_published_transformer
-
     # Scales and the like of quantised files have no place in the published layout, and files that ComfyUI saved have
     # its own name for the weights of norms.
     shapes = {
@@ -429,6 +406,22 @@ def detect_config(state_dict: dict, prefix: str = "") -> dict:
 
 
 def register():
-    """Puts the model first among those that ComfyUI knows: FLUX.2's own entry would match these weights too."""
-    if ModalityForcingConfig not in comfy.supported_models.models:
-        comfy.supported_models.models.insert(0, ModalityForcingConfig)
+    """
+    Puts the model first among those that ComfyUI knows (FLUX.2's own entry would match these weights too), and has its
+    patchers wrap every sampling in a [`Run`].
+
+    ComfyUI keeps wrappers on patchers, and its loaders make a patcher without asking the model for any. So patchers add
+    the wrapper as they are made.
+    """
+    if ModalityForcingConfig in comfy.supported_models.models:
+        return
+    comfy.supported_models.models.insert(0, ModalityForcingConfig)
+    make = comfy.model_patcher.ModelPatcher.__init__
+
+    @functools.wraps(make)
+    def make_patcher(self, model, *args, **kwargs):
+        make(self, model, *args, **kwargs)
+        if isinstance(model, ModalityForcing):
+            self.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, RUN, sample)
+
+    comfy.model_patcher.ModelPatcher.__init__ = make_patcher

@@ -12,6 +12,11 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import ComfyExtension, Types, io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+import mf_diffusers
+from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_depth
+from mf_diffusers.modality_forcing.image_processor import processing_size, resize
+from mf_diffusers.visualization import colorize_depth
+
 from .depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
 from .model import ModalityForcing
 from .streams import DEFAULT_LOG2_ALPHA, DEPTH_STRENGTHS, held_at
@@ -20,7 +25,6 @@ from .streams import DEFAULT_LOG2_ALPHA, DEPTH_STRENGTHS, held_at
 CATEGORY = "Modality Forcing"
 EMBEDDED = "embedded model (small, on board)"
 KEEP_AUTO = "what is connected"
-DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".exr", ".tif", ".tiff", ".pfm")  # of mf_diffusers.depth_io, which is heavy
 COLORMAPS = {
     "spectral (near red, far blue)": "Spectral",
     "turbo (near red, far blue)": "turbo_r",
@@ -62,9 +66,7 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, pipeline) -> io.NodeOutput:
-        from mf_diffusers.demo import EMBEDDED_MODEL
-
-        from .loader import load_pipeline
+        from .loader import EMBEDDED_MODEL, load_pipeline  # and diffusers, which takes seconds and no other node needs
 
         folder = EMBEDDED_MODEL if pipeline == EMBEDDED else _pipeline_folders()[pipeline]
         if not folder.is_dir():
@@ -283,14 +285,11 @@ class Decode(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, vae=None) -> io.NodeOutput:
-        from mf_diffusers import DepthProcessor
-        from mf_diffusers.modality_forcing.image_processor import resize
-
         images, depths = _streams_of(latent)
         depths, info = depths.cpu(), latent.get(INFO, {})
         working = tuple(depths.shape[-2:])
         size = info.get("size", working)
-        processor = DepthProcessor(patch_size=1, far=info.get("far", ModalityForcing.depth_far))
+        processor = mf_diffusers.DepthProcessor(patch_size=1, far=info.get("far", ModalityForcing.depth_far))
         depth, valid = processor.postprocess(processor.patchify(depths), *working, size, info.get("scale"))
         if vae is None:
             image = _blocked(cls, 0, "The image is wanted, but no VAE is connected: connect the VAE of the model.")
@@ -320,8 +319,6 @@ class DepthPicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, depth, colormap, valid=None) -> io.NodeOutput:
-        from mf_diffusers.visualization import colorize_depth
-
         depth, valid = depth_from_image(depth, valid)
         picture = colorize_depth(depth[:, 0].numpy(), valid[:, 0].numpy(), COLORMAPS[colormap])
         return io.NodeOutput(torch.from_numpy(picture).float() / 255)
@@ -426,8 +423,6 @@ class LoadDepth(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, scale, missing_value) -> io.NodeOutput:
-        from mf_diffusers.depth_io import read_depth
-
         depth = read_depth(folder_paths.get_annotated_filepath(file), scale or None, missing_value or None)
         depth = torch.from_numpy(depth)[None, None]
         return io.NodeOutput(image_from_depth(depth), (depth[:, 0] > 0).float())
@@ -488,8 +483,6 @@ def _what_to_keep(keep: str, image, depth, latent) -> str:
 
 def _sizes(model, side: int, image, depth, latent) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of tokens to work with, and the (height, width) to return."""
-    from mf_diffusers.modality_forcing.image_processor import processing_size
-
     token = _geometry(model)[1]
     given = [tuple(x.shape[1:3]) for x in (image, depth) if x is not None]
     if len(set(given)) > 1:
@@ -507,8 +500,6 @@ def _sizes(model, side: int, image, depth, latent) -> tuple[tuple[int, int], tup
 
 def _encode_image(vae, image: torch.Tensor, working: tuple[int, int], shape: tuple[int, int, int]) -> torch.Tensor:
     """IMAGE (B, H, W, C) -> latents (B, *shape)."""
-    from mf_diffusers.modality_forcing.image_processor import resize
-
     if vae is None:
         raise ValueError("An image is connected, but no VAE: connect the VAE of the model.")
     pixels = resize(image[..., :3].movedim(-1, 1).float().clamp(0, 1), working)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from mf_diffusers.modality_forcing.noise import add_noise, shift_timestep
+
 
 DEFAULT_LOG2_ALPHA = 5.0
 # How loosely a given depth map is followed (paper, partial depth conditioning): log2_alpha of its noise level.
@@ -62,8 +64,6 @@ class Streams:
 
     def levels(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise levels of image and depth, (B,) each, at the sampler's level `sigma` (B,)."""
-        from mf_diffusers.modality_forcing.noise import shift_timestep
-
         # A rigidly held map is clean even at sigma = 1, where its quotient is 0 / 0.
         held = shift_timestep(sigma, self.held_at / (1 - self.held_at)).nan_to_num(0.0)
         made = shift_timestep(sigma, self.alpha)
@@ -80,8 +80,6 @@ class Streams:
         Returns:
             Image (B, C, h, w) and depth (B, 1, H, W) at their own noise levels.
         """
-        from mf_diffusers.modality_forcing.noise import add_noise
-
         image, depth = self.split(sampled)
         given_image, given_depth = self.split(given)
         _, depth_noise = self.split(noise)

@@ -281,8 +281,8 @@ class Sampling:
         even = np.linspace(1, 1 / steps, steps)
         return self.pipeline.prepare_scheduler(self.pipeline.scheduler, even, "cpu").sigmas.clone()
 
-    def conds(self, prompt):
-        return [[self.pipeline.encode_prompt(prompt)[0].detach(), {}]]
+    def conds(self, prompt, **options):
+        return [[self.pipeline.encode_prompt(prompt)[0].detach(), options]]
 
     @torch.no_grad()
     def ours(
@@ -296,6 +296,7 @@ class Sampling:
         sampler="euler",
         model=None,
         callback=None,
+        prompt=None,
     ):
         """Image and depth latents from ComfyUI's sampler; by default both are made."""
         nested = self.comfy.nested_tensor.NestedTensor
@@ -309,7 +310,7 @@ class Sampling:
             cfg,
             self.comfy.samplers.sampler_object(sampler),
             self.sigmas(6) if sigmas is None else sigmas,
-            self.conds("a red ball"),
+            self.conds("a red ball", **(prompt or {})),
             self.conds(""),
             nested(latent or [torch.zeros_like(x) for x in noise]),
             noise_mask=None if mask is None else nested(mask),
@@ -466,7 +467,7 @@ def test_a_run_in_two_parts(sampling):
 
 
 def test_sampling_that_another_node_replaced(sampling, comfy):
-    """Another shift is fine from pure noise; a latent to start from needs the model's own sampling."""
+    """ModelSamplingFlux and its like put another object in the place of the model's: depth is as well with it."""
     import comfy.model_sampling as stock
 
     class Replaced(stock.ModelSamplingFlux, stock.CONST):
@@ -474,10 +475,14 @@ def test_sampling_that_another_node_replaced(sampling, comfy):
 
     model = sampling.model.clone()
     model.add_object_patch("model_sampling", Replaced(model.model.model_config))
-    whole = sampling.ours(model=model)
-    with pytest.raises(ValueError, match="Another node has replaced this model's sampling"):
-        sampling.ours(list(whole), model=model, sigmas=sampling.sigmas(6)[3:])
-    sampling.ours(list(whole), model=model, sigmas=sampling.sigmas(6)[3:], log2_alpha=0.0)
+    for ours, reference in zip(sampling.ours(model=model), sampling.ours()):
+        assert torch.equal(ours, reference)
+    start = sampling.ours(sigmas=sampling.sigmas(6)[:4])
+    settings = {"noise": [torch.zeros_like(x) for x in start], "sigmas": sampling.sigmas(6)[3:]}
+    for ours, reference in zip(
+        sampling.ours(list(start), model=model, **settings), sampling.ours(list(start), **settings)
+    ):
+        assert torch.equal(ours, reference)
 
 
 def test_preview_has_both_streams(sampling, model, monkeypatch):
@@ -488,6 +493,8 @@ def test_preview_has_both_streams(sampling, model, monkeypatch):
     seen = []
 
     def callback(step, estimate, state, total):
+        # As in ComfyUI's own callback: since 0.28 it is handed the streams apart, and previews the first.
+        estimate = estimate.unbind()[0] if estimate.is_nested else estimate
         seen.append(previewer.decode_latent_to_preview_image("JPEG", estimate)[1])
 
     sampling.ours(callback=callback)
@@ -504,7 +511,6 @@ def test_latents_that_do_not_fit(sampling):
             sampling.ours(latent, noise=latent)
     with pytest.raises(ValueError, match="nothing is left to make"):
         sampling.ours([image, depth], [torch.zeros_like(image), torch.zeros_like(depth)])
-    conds = {"latent_shapes": [image.shape, depth.shape], "reference_latents": [image]}
     with pytest.raises(ValueError, match="takes no reference latents"):
-        sampling.model.model.extra_conds(noise=image, latent_image=image, **conds)
+        sampling.ours(prompt={"reference_latents": [image]})
     sampling.ours()  # and the next run is well

@@ -1,8 +1,9 @@
 """What the node pack does without ComfyUI: streams, depth sockets, and the pack's own files."""
 
-import ast
 import math
 import re
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import trimesh
 
 from comfyui_nodes.depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
 from comfyui_nodes.streams import DEPTH_STRENGTHS, Streams, held_at
-from mf_diffusers.depth_io import DEPTH_SUFFIXES
 from mf_diffusers.modality_forcing.depth_processor import contract
 from mf_diffusers.modality_forcing.noise import add_noise, shift_timestep, velocity_from_clean
 
@@ -211,14 +211,10 @@ def test_every_node_has_a_help_page():
     assert all(page.startswith("# ") and len(page) > 300 for page in pages.values())
 
 
-def test_nothing_heavy_is_imported_at_the_top():
-    for path in PACK.glob("*.py"):
-        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(statement, ast.Import | ast.ImportFrom):
-                names = {alias.name for alias in statement.names} | {getattr(statement, "module", None) or ""}
-                assert not any(name.split(".")[0] in ("mf_diffusers", "diffusers", "transformers") for name in names)
-
-
-def test_depth_suffixes_are_the_librarys():
-    source = (PACK / "nodes.py").read_text(encoding="utf-8")
-    assert ast.literal_eval(re.search(r"^DEPTH_SUFFIXES = (\(.*?\))", source, re.M)[1]) == DEPTH_SUFFIXES
+def test_nodes_that_need_no_diffusers_do_not_import_it():
+    """ComfyUI imports every pack as it starts."""
+    code = "import sys, comfyui_nodes.depth_sockets, comfyui_nodes.streams; print('diffusers' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACK.parent).stdout
+        == "False\n"
+    )
