@@ -1,18 +1,30 @@
 """This repository as a node pack of ComfyUI: clone it into custom_nodes/."""
 
+import logging
 import sys
 from pathlib import Path
+
+from comfyui_version import __version__ as comfyui_version
 
 
 # Last in the search path: an installed mf_diffusers goes first, and nothing else is hidden.
 sys.path.append(str(Path(__file__).parent))
 
-from .comfyui_nodes import model
-from .comfyui_nodes.nodes import comfy_entrypoint
+from .comfyui_nodes import core
 
 
-model.register()
+works, lines = core.state_of_the_core(comfyui_version)
+for line in lines:
+    logging.warning(line)
+
+if works:
+    from .comfyui_nodes import model
+    from .comfyui_nodes.nodes import comfy_entrypoint
+
+    model.register()
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+else:
+    NODE_CLASS_MAPPINGS = {}
+    __all__ = ["NODE_CLASS_MAPPINGS"]
 
 WEB_DIRECTORY = "./comfyui_nodes/web"
-
-__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -409,10 +409,14 @@ class LoadDepth(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
-        path = Path(folder_paths.get_annotated_filepath(file)).resolve()
         folder = folder_paths.get_input_directory()
         allowed = (folder, folder_paths.get_output_directory(), folder_paths.get_temp_directory())
-        if not any(path.is_relative_to(os.path.realpath(root)) for root in allowed):
+        try:
+            path = Path(folder_paths.get_annotated_filepath(file)).resolve()
+            within = any(path.is_relative_to(os.path.realpath(root)) for root in allowed)
+        except ValueError:  # newer ComfyUI looks, too, but names no remedy
+            within = False
+        if not within:
             return f"{file} lies outside ComfyUI's folders: copy it into {folder}."
         return True if path.is_file() else f"There is no file {file} in {folder}: copy it there, or choose another."
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 import trimesh
 
+from comfyui_nodes import core
+from comfyui_nodes.core import OLDEST, missing, state_of_the_core
 from comfyui_nodes.depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
 from comfyui_nodes.streams import DEPTH_STRENGTHS, Streams, held_at
 from mf_diffusers.modality_forcing.depth_processor import contract
@@ -218,3 +220,31 @@ def test_nodes_that_need_no_diffusers_do_not_import_it():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACK.parent).stdout
         == "False\n"
     )
+
+
+# The core
+
+
+def test_what_the_core_has_lost_is_named():
+    names = {"json.dumps": ("obj", "indent"), "json.melt": (), "absent.module": (), "fractions.Fraction.limit": ()}
+    assert list(missing(names)) == ["json.melt", "absent.module", "fractions.Fraction.limit"]
+    assert list(missing({"pathlib.Path.read_text": ("encoding", "colour")})) == ["pathlib.Path.read_text(colour)"]
+
+
+def test_a_core_that_does_not_serve_is_named_in_one_line(monkeypatch):
+    assert state_of_the_core("0.26.9") == (
+        False,
+        ["Modality Forcing needs ComfyUI 0.27 or newer, and this is 0.26.9: update ComfyUI."],
+    )
+    fine = {"json.dumps": ("obj",)}
+    monkeypatch.setattr(core, "LEANS_ON", {"the whole pack": fine, "'Load It'": fine})
+    assert state_of_the_core("0.27.0") == state_of_the_core("1.2.3-dev") == (True, [])
+    monkeypatch.setattr(core, "LEANS_ON", {"the whole pack": fine, "'Load It'": {"json.melt": ()}})
+    works, (line,) = state_of_the_core("0.50.1")
+    assert works and "ComfyUI 0.50.1" in line and "'Load It' does not work (json.melt; tested with" in line
+    monkeypatch.setattr(core, "LEANS_ON", {"the whole pack": {"json.melt": ()}})
+    assert not state_of_the_core("0.50.1")[0]
+
+
+def test_the_oldest_core_is_that_of_the_registry():
+    assert f'requires-comfyui = ">={OLDEST}.0"' in (PACK.parent / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,0 +1,131 @@
+"""What the pack leans on in ComfyUI's core beyond the interface for nodes, in one place, and a check that it is there.
+
+Written without an import of the core, so that the check can speak where the core has changed.
+"""
+
+import inspect
+import pkgutil
+from collections.abc import Iterator
+
+
+OLDEST = "0.27"  # pyproject.toml says the same to ComfyUI's registry
+NEWEST_TESTED = "0.33"
+
+# By what is lost without them: names in the core, and those of their parameters whose names count: that the pack gives
+# by keyword, or takes in the core's stead.
+LEANS_ON = {
+    "the whole pack": {
+        # A place among the models that the loaders know
+        "comfy.supported_models.models": (),
+        "comfy.supported_models.Flux2": ("unet_config",),
+        "comfy.supported_models_base.BASE.matches": ("unet_config", "state_dict"),
+        "comfy.supported_models_base.BASE.get_model": ("state_dict", "prefix", "device"),
+        "comfy.supported_models_base.BASE.process_unet_state_dict": ("state_dict",),
+        # The transformer: FLUX.2's parts
+        "comfy.ldm.flux.model.Flux": ("dtype", "device", "operations"),
+        "comfy.ldm.flux.layers.DoubleStreamBlock": (
+            *("hidden_size", "num_heads", "mlp_ratio", "modulation", "mlp_silu_act", "proj_bias"),
+            *("dtype", "device", "operations"),
+        ),
+        "comfy.ldm.flux.layers.SingleStreamBlock": (
+            *("hidden_size", "num_heads", "mlp_ratio", "modulation", "mlp_silu_act", "bias"),
+            *("dtype", "device", "operations"),
+        ),
+        "comfy.ldm.flux.layers.SingleStreamBlock.forward": ("x", "vec", "pe", "modulation_dims", "transformer_options"),
+        "comfy.ldm.flux.layers.SelfAttention": ("dim", "num_heads", "proj_bias", "dtype", "device", "operations"),
+        "comfy.ldm.flux.layers.build_mlp": (
+            *("hidden_size", "mlp_hidden_dim", "mlp_silu_act"),
+            *("dtype", "device", "operations"),
+        ),
+        "comfy.ldm.flux.layers.MLPEmbedder": ("in_dim", "hidden_dim", "bias", "dtype", "device", "operations"),
+        "comfy.ldm.flux.layers.Modulation": ("dim", "double", "bias", "dtype", "device", "operations"),
+        "comfy.ldm.flux.layers.ModulationOut": ("shift", "scale", "gate"),
+        "comfy.ldm.flux.layers.LastLayer": (
+            *("hidden_size", "patch_size", "out_channels", "bias"),
+            *("dtype", "device", "operations"),
+        ),
+        "comfy.ldm.flux.layers.QKNorm": (),
+        "comfy.ldm.flux.layers.apply_mod": (),
+        "comfy.ldm.flux.math.attention": ("pe", "transformer_options"),
+        # The model around it
+        "comfy.model_base.Flux": ("model_config", "device", "unet_model"),
+        "comfy.model_base.BaseModel.extra_conds": (),
+        "comfy.model_base.BaseModel.encode_adm": (),
+        "comfy.model_base.BaseModel.get_dtype_inference": (),
+        "comfy.model_base.BaseModel._apply_model": ("x", "t", "c_crossattn", "transformer_options"),
+        "comfy.conds.CONDRegular": (),
+        "comfy.model_management.cast_to_device": (),
+        # A run of its own for every sampling, and the latent that it packs
+        "comfy.samplers.CFGGuider.outer_sample": (
+            *("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"),
+            "latent_shapes",
+        ),
+        "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE": (),
+        "comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL": (),
+        "comfy.patcher_extension.WrapperExecutor.new_class_executor": (),
+        "comfy.patcher_extension.get_all_wrappers": (),
+        "comfy.model_patcher.ModelPatcher": ("model",),
+        "comfy.model_patcher.ModelPatcher.add_wrapper_with_key": (),
+        "comfy.model_patcher.ModelPatcher.get_model_object": (),
+        "comfy.model_patcher.ModelPatcher.add_object_patch": (),
+        "comfy.nested_tensor.NestedTensor.unbind": (),
+        "comfy.utils.pack_latents": (),
+        "comfy.model_management.intermediate_device": (),
+        # Previews
+        "comfy.latent_formats.Flux2": (),
+        "latent_preview.Latent2RGBPreviewer": ("latent_rgb_factors", "latent_rgb_factors_reshape"),
+        # Outputs that a graph may leave unconnected
+        "comfy_execution.graph_utils.ExecutionBlocker": (),
+    },
+    "'Load Modality Forcing Pipeline'": {
+        "comfy.sd.load_diffusion_model_state_dict": ("sd", "disable_dynamic"),
+        "comfy.sd.CLIP": ("target", "parameters", "state_dict", "model_options"),
+        "comfy.supported_models_base.ClipTarget": ("tokenizer", "clip"),
+        "comfy.sd1_clip.SDClipModel": (
+            *("layer", "textmodel_json_config", "special_tokens", "layer_norm_hidden_state", "model_class"),
+            *("enable_attention_masks", "return_attention_masks", "dtype", "device", "model_options"),
+        ),
+        "comfy.text_encoders.flux.Flux2TEModel": ("device", "dtype", "model_options", "name", "clip_model"),
+        "comfy.text_encoders.llama.BaseLlama": (),
+        "comfy.text_encoders.llama.Llama2_": ("config", "device", "dtype", "ops"),
+        "comfy.text_encoders.llama.Qwen3_4BConfig": ("num_hidden_layers", "rope_theta"),
+        "comfy.sd.VAE": ("sd",),
+        "comfy.sd.VAE.model_size": (),
+        "comfy.model_management.vae_device": (),
+        "comfy.model_management.vae_offload_device": (),
+    },
+}
+
+
+def missing(names: dict[str, tuple]) -> Iterator[str]:
+    """Those of `names` that are not there, and parameters that they have lost, as "name" and "name(parameter)"."""
+    for name, parameters in names.items():
+        try:
+            thing = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            yield name
+            continue
+        if parameters:
+            signature = inspect.signature(thing)
+            yield from (f"{name}({x})" for x in parameters if x not in signature.parameters)
+
+
+def state_of_the_core(version: str) -> tuple[bool, list[str]]:
+    """
+    Args:
+        version: of the ComfyUI that runs.
+
+    Returns:
+        Whether the pack can run, and a line for each thing that this ComfyUI is too old or too new for.
+    """
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if release < tuple(int(part) for part in OLDEST.split(".")):
+        return False, [f"Modality Forcing needs ComfyUI {OLDEST} or newer, and this is {version}: update ComfyUI."]
+    lost = {what: list(missing(names)) for what, names in LEANS_ON.items()}
+    lines = [
+        f"ComfyUI {version} has changed what Modality Forcing leans on, so that {what} does not work "
+        f"({', '.join(names)}; tested with ComfyUI {OLDEST} to {NEWEST_TESTED}): update the pack."
+        for what, names in lost.items()
+        if names
+    ]
+    return not lost["the whole pack"], lines
