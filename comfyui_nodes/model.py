@@ -63,18 +63,37 @@ class DepthDoubleStreamBlock(DoubleStreamBlock):
         self.depth_norm2 = operations.LayerNorm(hidden_size, **norm)
         self.depth_mlp = build_mlp(hidden_size, int(hidden_size * mlp_ratio), mlp_silu_act=True, **factory)
 
-    def forward(self, streams: dict, modulation: dict, pe: torch.Tensor, transformer_options: dict) -> dict:
-        """`streams` and `modulation` by "txt", "img", "depth", in the order of attention; (B, L, D) each."""
-        queries, keys, values = zip(*(self.project(name, x, modulation[name][0]) for name, x in streams.items()))
-        joint = attention(
-            torch.cat(queries, dim=2),
-            torch.cat(keys, dim=2),
-            torch.cat(values, dim=2),
-            pe=pe,
-            transformer_options=transformer_options,
+    def forward(self, img, txt, vec, pe, attn_mask=None, transformer_options=None):
+        """
+        A block's interface in ComfyUI, to which other nodes' replacements of blocks are written.
+
+        Args:
+            img: image tokens followed by as many depth tokens (B, 2 L, D).
+            txt: text tokens (B, T, D).
+            vec: modulation by "txt", "img" and "depth".
+        """
+        image, depth = img.chunk(2, dim=1)
+        streams = {"txt": txt, "img": image, "depth": depth}  # in the order of attention
+        joint = zip(*(self.project(name, x, vec[name][0]) for name, x in streams.items()))
+        query, key, value = (torch.cat(tokens, dim=2) for tokens in joint)
+        joint = self.attend(
+            query, key, value, pe, attn_mask, transformer_options | {"img_slice": [txt.shape[1], query.shape[2]]}
         )
         attended = joint.split([x.shape[1] for x in streams.values()], dim=1)
-        return {name: self.update(name, x, out, *modulation[name]) for (name, x), out in zip(streams.items(), attended)}
+        txt, image, depth = (self.update(name, x, out, *vec[name]) for (name, x), out in zip(streams.items(), attended))
+        return torch.cat([image, depth], dim=1), txt
+
+    def attend(self, query, key, value, pe, attn_mask, transformer_options) -> torch.Tensor:
+        """Joint attention, with what other nodes patch before and after it."""
+        patches = transformer_options.get("patches", {})
+        for patch in patches.get("attn1_patch", []):
+            new = patch(query, key, value, pe=pe, attn_mask=attn_mask, extra_options=transformer_options)
+            query, key, value = (new.get(name, x) for name, x in (("q", query), ("k", key), ("v", value)))
+            pe, attn_mask = new.get("pe", pe), new.get("attn_mask", attn_mask)
+        attended = attention(query, key, value, pe=pe, mask=attn_mask, transformer_options=transformer_options)
+        for patch in patches.get("attn1_output_patch", []):
+            attended = patch(attended, transformer_options)
+        return attended
 
     def project(self, name: str, x: torch.Tensor, mod: ModulationOut) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values (B, heads, L, D / heads) of one stream."""
@@ -89,6 +108,23 @@ class DepthDoubleStreamBlock(DoubleStreamBlock):
         norm, attn, mlp = (getattr(self, f"{name}_{part}") for part in ("norm2", "attn", "mlp"))
         x = x + mod1.gate * attn.proj(attended)
         return x + mod2.gate * mlp(apply_mod(norm(x), 1 + mod2.scale, mod2.shift))
+
+
+def _single_block(block, modulation_dims, img, vec, pe, attn_mask, transformer_options):
+    hidden = block(img, vec, pe, attn_mask, modulation_dims=modulation_dims, transformer_options=transformer_options)
+    return (hidden,)
+
+
+def _run_block(place: tuple[str, int], block, outputs: tuple[str, ...], args: dict, options: dict) -> dict:
+    """`block(**args)`, its `outputs` by name; or what another node has put in its place, by the same interface."""
+
+    def original(args):
+        names = ("img", "txt", "vec", "pe", "attn_mask", "transformer_options")
+        return dict(zip(outputs, block(**{name: args[name] for name in names if name in args})))
+
+    args = args | {"transformer_options": options}
+    replacements = options.get("patches_replace", {}).get("dit", {})
+    return replacements[place](args, {"original_block": original}) if place in replacements else original(args)
 
 
 class DepthFlux(Flux):
@@ -145,12 +181,12 @@ class DepthFlux(Flux):
     def forward(self, x, timestep, context, transformer_options=None):
         """
         Args:
-            x: image latents (B, C, h, w) and depth map (B, 1, H, W) in model space, in the body's dtype.
+            x: image latents (B, C, h, w) in the body's dtype, and depth map (B, 1, H, W) in model space, float32.
             timestep: noise levels of the two in [0, 1], (B,) each.
             context: text features (B, L, D).
 
         Returns:
-            RGB velocity (B, C, h, w) and clean depth (B, 1, H, W), float32.
+            Velocities of image (B, C, h, w) and depth (B, 1, H, W), the latter float32.
         """
         transformer_options = transformer_options or {}
         wrappers = comfy.patcher_extension.get_all_wrappers(
@@ -173,24 +209,24 @@ class DepthFlux(Flux):
         single_depth_mod = self.single_stream_modulation_depth(depth_vec)[0]
 
         # 2. Input projections and positions
-        streams = {
-            "txt": self.txt_in(context),
-            "img": self.img_in(image.flatten(2).transpose(1, 2)),
-            "depth": self.depth_in(self.depth_processor.patchify(depth)),
-        }
-        lengths = [x.shape[1] for x in streams.values()]
+        txt = self.txt_in(context)
+        image_tokens = self.img_in(image.flatten(2).transpose(1, 2))
+        depth_tokens = self.depth_in(self.depth_processor.patchify(depth).to(image.dtype))
         ids = [
-            position_ids(length=lengths[0]),
+            position_ids(length=txt.shape[1]),
             position_ids(rows=rows, columns=columns),
             position_ids(time=1, rows=rows, columns=columns),
         ]
         pe = self.pe_embedder(torch.cat(ids, dim=1).to(image.device))
 
         # 3. Double-stream blocks, then single-stream blocks over [text, image, depth]
+        img = torch.cat([image_tokens, depth_tokens], dim=1)
         options = transformer_options | {"total_blocks": len(self.double_blocks), "block_type": "double"}
         for i, block in enumerate(self.double_blocks):
-            streams = block(streams, modulation, pe, options | {"block_index": i})
-        hidden = torch.cat(list(streams.values()), dim=1)
+            args = {"img": img, "txt": txt, "vec": modulation, "pe": pe, "attn_mask": None}
+            out = _run_block(("double_block", i), block, ("img", "txt"), args, options | {"block_index": i})
+            img, txt = out["img"], out["txt"]
+        hidden = torch.cat([txt, img], dim=1)
         # A token is modulated by the level of its own modality; text goes with RGB.
         mod = ModulationOut(
             *(
@@ -198,27 +234,27 @@ class DepthFlux(Flux):
                 for x in ("shift", "scale", "gate")
             )
         )
-        start, end = lengths[0] + lengths[1], sum(lengths)
+        start, end = txt.shape[1] + rows * columns, hidden.shape[1]
         options = transformer_options | {"total_blocks": len(self.single_blocks), "block_type": "single"}
+        options["img_slice"] = [txt.shape[1], end]
+        dims = [(0, start, 0), (start, end, 1)]
         for i, block in enumerate(self.single_blocks):
-            hidden = block(
-                hidden,
-                mod,
-                pe,
-                modulation_dims=[(0, start, 0), (start, end, 1)],
-                transformer_options=options | {"block_index": i},
-            )
-        _, image_tokens, depth_tokens = hidden.split(lengths, dim=1)
+            args = {"img": hidden, "vec": mod, "pe": pe, "attn_mask": None}
+            single = functools.partial(_single_block, block, dims)
+            hidden = _run_block(("single_block", i), single, ("img",), args, options | {"block_index": i})["img"]
+        image_tokens, depth_tokens = hidden[:, txt.shape[1] :].chunk(2, dim=1)
 
         # 4. RGB velocity
         velocity = self.final_layer(image_tokens, vec).transpose(1, 2).unflatten(2, (rows, columns))
 
-        # 5. Depth decoder and clean depth
+        # 5. Depth decoder and clean depth, in the terms of a velocity
         decoder_mod = self.depth_decoder_modulation(depth_vec)[0]
+        options |= {"patches": {}}  # which are counted by the blocks above
         for block in self.depth_decoder_blocks:
             depth_tokens = block(depth_tokens, decoder_mod, pe[:, :, start:], transformer_options=options)
         clean = self.depth_final_layer(depth_tokens.float(), depth_vec.float())
-        return velocity, self.depth_processor.unpatchify(clean, *depth.shape[-2:])
+        clean = self.depth_processor.unpatchify(clean, *depth.shape[-2:])
+        return [velocity, velocity_from_clean(depth, clean, timestep[1])]
 
     def embed_timesteps(
         self, image_level: torch.Tensor, depth_level: torch.Tensor, dtype: torch.dtype
@@ -295,10 +331,11 @@ class ModalityForcing(comfy.model_base.Flux):
         """Raises ValueError where a latent of these shapes is none for this model."""
         token = self.latent_format.spacial_downscale_ratio
         fits = (
-            len(shapes) == 2
+            len(shapes) in (2, 3)
             and all(len(shape) == 4 for shape in shapes)
             and shapes[0][1] == self.latent_format.latent_channels
             and tuple(shapes[1][1:]) == (1, token * shapes[0][2], token * shapes[0][3])
+            and all(tuple(shape[1:]) == (2, *shapes[1][2:]) for shape in shapes[2:])
         )
         if not fits:
             raise ValueError(
@@ -326,22 +363,23 @@ class ModalityForcing(comfy.model_base.Flux):
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         """Clean latents as the sampler carries them (B, 1, N), from its state `x` at the noise level `t` (B,)."""
+        x, stream = transformer_options[RUN].whole(x)
         run = transformer_options[RUN].like(x)
-        streams, dtype = run.streams, self.get_dtype_inference()
-        image, depth = streams.to_model(x, t, run.latent, run.noise)
-        image_level, depth_level = streams.levels(t)
-        velocity, clean_depth = self.diffusion_model(
-            [image.to(dtype), depth.to(dtype)],
-            [image_level, depth_level],
+        image, depth = run.streams.to_model(x, t, run.latent, run.noise)
+        levels = run.streams.levels(t)
+        dtype = self.get_dtype_inference()
+        velocities = self.diffusion_model(
+            [image.to(dtype, copy=True), depth.clone()],  # other nodes' wrappers may write into them
+            levels,
             context=comfy.model_management.cast_to_device(c_crossattn, x.device, dtype),
             transformer_options=transformer_options,
         )
-        depth_velocity = velocity_from_clean(depth, clean_depth, depth_level)
-        return streams.to_sampler(
-            image - image_level.view(-1, 1, 1, 1) * velocity.float(),
-            depth - depth_level.view(-1, 1, 1, 1) * depth_velocity,
-            run.latent,
+        clean = (
+            noisy - level.view(-1, 1, 1, 1) * velocity.float()
+            for noisy, level, velocity in zip((image, depth), levels, velocities)
         )
+        carried = run.streams.to_sampler(*clean, run.latent)
+        return carried if stream is None else run.streams.split(carried)[stream]
 
 
 class ModalityForcingConfig(comfy.supported_models.Flux2):

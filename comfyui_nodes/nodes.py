@@ -210,20 +210,19 @@ class Encode(io.ComfyNode):
             )
         device = comfy.model_management.intermediate_device()
         images, depths, missing = (x.to(device).expand(batch_size, -1, -1, -1) for x in (images, depths, missing))
-        out = {
-            "samples": NestedTensor((images.clone(), depths.clone())),
-            INFO: {
-                "size": output_size,
-                "scale": None if keep == "image" else scale,
-                "far": model.model.depth_far,
-            },
+        streams = [images.clone(), depths.clone()]
+        if keep != "nothing":
+            image_held = torch.full_like(depths, 0.0 if keep == "image" else 1.0)
+            depth_held = (
+                torch.where(missing, 1.0, held_at(depth_strength)) if keep == "depth" else torch.ones_like(depths)
+            )
+            streams.append(torch.cat([image_held, depth_held], dim=1))
+        info = {
+            "size": output_size,
+            "scale": None if keep == "image" else scale,
+            "far": model.model.depth_far,
         }
-        if keep == "image":
-            out["noise_mask"] = NestedTensor((torch.zeros_like(images[:, :1]), torch.ones_like(depths)))
-        elif keep == "depth":
-            held = torch.where(missing, 1.0, held_at(depth_strength))
-            out["noise_mask"] = NestedTensor((torch.ones_like(images[:, :1]), held))
-        return io.NodeOutput(out)
+        return io.NodeOutput({"samples": NestedTensor(streams), INFO: info})
 
 
 class Trajectory(io.ComfyNode):
@@ -465,12 +464,12 @@ def _streams_of(latent: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Image latents (B, C, h, w) and depth maps (B, 1, H, W) of an RGB-D latent."""
     samples = latent["samples"]
     streams = samples.unbind() if samples.is_nested else [samples]
-    if len(streams) != 2 or streams[1].ndim != 4 or streams[1].shape[1] != 1:
+    if len(streams) not in (2, 3) or streams[1].ndim != 4 or streams[1].shape[1] != 1:
         raise ValueError(
             f"This latent has shapes {[list(x.shape) for x in streams]} and no depth in it: connect one from 'Empty "
             "RGB-D Latent' or 'Encode RGB-D', through a sampler."
         )
-    return tuple(x.float() for x in streams)
+    return tuple(x.float() for x in streams[:2])
 
 
 def _what_to_keep(keep: str, image, depth, latent) -> str:

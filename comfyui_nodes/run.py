@@ -3,14 +3,27 @@
 ComfyUI packs the streams of a latent into one tensor while it samples. A wrapper around its guiders makes a [`Run`] of
 every sampling and puts it into that sampling's own transformer options, where the model finds it. Nothing of a run
 lives on the model, which many samplings may share.
+
+A latent has two or three streams: the image latent (B, C, h, w), the depth map (B, 1, H, W) in model space, and, where
+something of them is given, the levels that they are held at (B, 2, H, W), image and depth; see [`Streams`]. The third
+is there for nodes between ours and the sampler, which replace a noise mask or drop it.
 """
 
+import logging
+import math
+
+import comfy.sample
 import torch
+import torch.nn.functional as F
+from comfy.nested_tensor import NestedTensor
 
 from .streams import Streams
 
 
 KEY = "modality_forcing"  # of the run among transformer options, and of the wrapper
+# Of ComfyUI's kinds of patches, those that the transformer has a place for.
+PATCHES = {"attn1_patch", "attn1_output_patch"}
+REPLACEMENTS = {"dit"}
 
 
 class Run:
@@ -27,6 +40,7 @@ class Run:
     def __init__(self, shapes, mask: torch.Tensor, latent: torch.Tensor, noise: torch.Tensor, log2_alpha: float):
         self.shapes, self.mask, self.latent, self.noise, self.log2_alpha = shapes, mask, latent, noise, log2_alpha
         self.streams = Streams(shapes, mask, log2_alpha)
+        self.state = None  # of the sampler, while guidance is at work
         self._batches = {}
 
     def enter(self, latent: torch.Tensor) -> torch.Tensor:
@@ -52,6 +66,47 @@ class Run:
             self._batches[times, batch.device] = Run(self.shapes, mask, latent, noise, self.log2_alpha)
         return self._batches[times, batch.device]
 
+    # Guidance
+
+    def guide_apart(self, guidance):
+        """
+        A guidance function of another node, called with one stream at a time: such functions are made for latents
+        (B, C, h, w), and take means and norms over all that they are handed.
+        """
+
+        def guide(args: dict):
+            self.state = args["input"]
+            image, depth = (guidance({name: self._stream(x, place) for name, x in args.items()}) for place in (0, 1))
+            self.state = None
+            return (
+                [Streams.join(*pair) for pair in zip(image, depth)]
+                if isinstance(image, list)
+                else Streams.join(image, depth)
+            )
+
+        return guide
+
+    def _stream(self, value, place: int):
+        """The stream at `place` of a packed latent, or of every one in a list; anything else as it is."""
+        if isinstance(value, list):
+            return [self._stream(x, place) for x in value]
+        packed = torch.is_tensor(value) and value.shape[1:] == self.latent.shape[1:]
+        return self.streams.split(value)[place] if packed else value
+
+    def whole(self, latent: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        """
+        What the model is to see where guidance asks it about one stream: that stream with the other one beside it.
+
+        Returns:
+            A packed latent (B, 1, N), and the place of the stream that is asked for; `None`: both.
+        """
+        if self.state is None or latent.ndim == self.state.ndim:
+            return latent, None
+        place = int(latent.shape[1:] == self.shapes[1][1:])
+        streams = [x.repeat(len(latent) // len(x), 1, 1, 1) for x in self.streams.split(self.state)]
+        streams[place] = latent
+        return Streams.join(*streams), place
+
 
 def sample(
     executor,
@@ -72,36 +127,92 @@ def sample(
     model.check_latent(latent_shapes)
     model.check_prompts(prompt for prompts in guider.conds.values() for prompt in prompts)
 
-    latent = latent_image.to(device, torch.float32)
-    if noise.shape != latent.shape and not noise.any():
-        noise = torch.zeros_like(latent)  # ComfyUI 0.27 makes no noise of the first stream alone
-    noise = noise.to(device, torch.float32)
-    mask = torch.ones_like(latent) if denoise_mask is None else denoise_mask.to(device, torch.float32)
-
-    run = Run(latent_shapes, mask, latent, noise, guider.model_patcher.get_model_object("log2_alpha"))
+    # 1. The two streams, and what is given of them
+    shapes = latent_shapes[:2]
+    latent_image = latent_image.to(device, torch.float32)
+    latent, held = latent_image.split([_entries(shapes), latent_image.shape[-1] - _entries(shapes)], dim=-1)
+    mask = torch.ones_like(latent) if denoise_mask is None else denoise_mask.to(latent)[..., : latent.shape[-1]]
+    if held.numel():
+        mask = _with_held(mask, held.unflatten(-1, latent_shapes[2][1:]).squeeze(1), shapes)
+    if noise.any():
+        noise = given_noise = noise.to(latent)[..., : latent.shape[-1]]
+    else:  # none is added, of which ComfyUI 0.27 makes the first stream alone; what is given needs some all the same
+        noise, given_noise = torch.zeros_like(latent), _noise(shapes, seed).to(latent)
+    run = Run(shapes, mask, latent, given_noise, guider.model_patcher.get_model_object("log2_alpha"))
     run.streams.check()
-    guider.model_options["transformer_options"][KEY] = run
+
+    # 2. What is given is the run's part; of what is made, masks hold parts of the image, which is the sampler's part
+    mask = torch.where(run.streams.given, 1.0, mask)
+    _prepare_options(guider.model_options, run)
     samples = executor(
         noise,
         run.enter(latent),
         sampler,
         sigmas,
-        denoise_mask,
-        callback and _call_back(run, model.latent_format, callback),
+        None if (mask == 1).all() else mask,
+        callback and _call_back(run, held, model.latent_format, callback),
         disable_pbar,
         seed,
-        latent_shapes=latent_shapes,
+        latent_shapes=shapes,
         **kwargs,
     )
-    return run.leave(samples)
+    return torch.cat([run.leave(samples), held.to(samples)], dim=-1)
 
 
-def _call_back(run: Run, latent_format, callback):
+def _prepare_options(options: dict, run: Run):
+    """Makes the model options of one sampling ready for two streams."""
+    if "sampler_cfg_function" in options:
+        options["sampler_cfg_function"] = run.guide_apart(options["sampler_cfg_function"])
+    for name in ("sampler_pre_cfg_function", "sampler_post_cfg_function"):
+        options[name] = [run.guide_apart(guidance) for guidance in options.get(name, [])]
+    transformer_options = options["transformer_options"]
+    if getattr(transformer_options.get("easycache"), "name", None) == "LazyCache":
+        raise ValueError(
+            "LazyCache reuses what a sampler carries, in which the depth of a Modality Forcing model is small beside "
+            "its noise: take EasyCache, which reuses what the model says."
+        )
+    unused = {*transformer_options.get("patches", {})} - PATCHES
+    unused |= {*transformer_options.get("patches_replace", {})} - REPLACEMENTS
+    if unused:
+        logging.warning(
+            f"A Modality Forcing model has no place for what a node patches ({', '.join(sorted(unused))}): it is left "
+            "out."
+        )
+    transformer_options[KEY] = run
+
+
+def _entries(shapes) -> int:
+    return sum(math.prod(shape[1:]) for shape in shapes)
+
+
+def _with_held(mask: torch.Tensor, held: torch.Tensor, shapes) -> torch.Tensor:
+    """
+    A packed noise mask (B, 1, N) from other nodes, and what 'Encode RGB-D' has written to be held (B, 2, H, W): both
+    count.
+    """
+    image_shape, depth_shape = shapes
+    image_held = F.adaptive_avg_pool2d(held[:, :1], image_shape[-2:])
+    if (mask[..., : math.prod(image_shape[1:])] < 1).any() and not image_held.any():
+        logging.warning(
+            "A noise mask has no say over an image that is kept whole: choose in 'Encode RGB-D' what to keep, and mask "
+            "an image that is made."
+        )
+    return torch.minimum(mask, Streams.join(image_held.expand(image_shape), held[:, 1:].expand(depth_shape)))
+
+
+def _noise(shapes, seed: int | None) -> torch.Tensor:
+    """The noise that ComfyUI makes of a seed, packed: (B, 1, N)."""
+    empty = NestedTensor([torch.zeros(shape) for shape in shapes])
+    return Streams.join(*comfy.sample.prepare_noise(empty, seed or 0).unbind())
+
+
+def _call_back(run: Run, held: torch.Tensor, latent_format, callback):
     """`callback`, which is to see clean latents, and whose previewer is to see both of them."""
 
     def call_back(step, estimate, state, total_steps):
-        estimate = run.leave(estimate)
+        estimate, state = run.leave(estimate), run.leave(state)
         with latent_format.showing(*run.streams.split(estimate)):
-            callback(step, estimate, run.leave(state), total_steps)
+            whole = (torch.cat([x, held.to(x)], dim=-1) for x in (estimate, state))
+            callback(step, *whole, total_steps)
 
     return call_back

@@ -43,7 +43,7 @@ class Server:
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
 
-    def wait(self, seconds: float = 180):
+    def wait(self, seconds: float = 600):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
@@ -72,7 +72,7 @@ class Server:
         except urllib.error.HTTPError as error:
             raise PromptError(error.read().decode()) from error
 
-    def run(self, graph: dict, seconds: float = 300) -> dict[str, list[Path]]:
+    def run(self, graph: dict, seconds: float = 900) -> dict[str, list[Path]]:
         """
         Runs a graph in API format to its end.
 

@@ -1,8 +1,10 @@
 """The native model inside ComfyUI, against the library: the same transformer, the same samples."""
 
+import copy
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from mf_diffusers.modality_forcing.latent_tokens import (
     position_ids,
     tokens_to_latents,
 )
+from mf_diffusers.modality_forcing.noise import velocity_from_clean
 
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
@@ -95,9 +98,18 @@ def inputs(context_dim=48, dtype=torch.float32):
 
 @torch.no_grad()
 def call_both(model, transformer, dtype=torch.float32):
+    """Velocity of the image, and clean depth."""
     image, depth, levels, context = inputs(dtype=dtype)
-    ours = model.model.diffusion_model([image, depth], levels, context)
-    return list(zip(ours, call_library(transformer, image, depth, levels, context)))
+    velocity, depth_velocity = model.model.diffusion_model([image, depth.float()], levels, context)
+    clean = clean_from_velocity(depth.float(), depth_velocity, levels[1])
+    return list(zip((velocity, clean), call_library(transformer, image, depth, levels, context)))
+
+
+def clean_from_velocity(depth, velocity, level):
+    """The inverse of the library's `velocity_from_clean`, by its slope."""
+    still = velocity_from_clean(depth, torch.zeros_like(depth), level)
+    slope = velocity_from_clean(depth, torch.ones_like(depth), level) - still
+    return (velocity - still) / slope
 
 
 # The transformer
@@ -146,6 +158,7 @@ def test_fp8_storage(comfy, file, model, dtype):
     with torch.no_grad():
         velocity, clean = small.model.diffusion_model([image, depth], levels, context)
         reference, clean_reference = model.model.diffusion_model([image, depth], levels, context)
+    clean, clean_reference = (clean_from_velocity(depth, x, levels[1]) for x in (clean, clean_reference))
     assert max_error(velocity, reference) <= 0.3 * reference.abs().max()
     assert max_error(clean, clean_reference) <= 0.3 * clean_reference.abs().max()
 
@@ -170,6 +183,7 @@ def test_golden_forward(comfy, golden_a, tmp_path):
         levels = golden[prefix + "timesteps"], golden[prefix + "depth_timesteps"]
         with torch.no_grad():
             velocity, clean = model([image, depth], levels, golden[prefix + "ctx"])
+            clean = clean_from_velocity(depth, clean, levels[1])
         assert max_error(velocity.flatten(2).transpose(1, 2), golden[prefix + "rgb_out"]) <= 1e-4
         assert max_error(model.depth_processor.patchify(clean), golden[prefix + "depth_out"]) <= 1e-4
 
@@ -313,7 +327,7 @@ class Sampling:
             self.conds("a red ball", **(prompt or {})),
             self.conds(""),
             nested(latent or [torch.zeros_like(x) for x in noise]),
-            noise_mask=None if mask is None else nested(mask),
+            noise_mask=nested(mask) if isinstance(mask, list) else mask,
             callback=callback,
             disable_pbar=True,
             seed=0,
@@ -449,10 +463,52 @@ def test_better_solvers_are_closer_to_the_limit(sampling):
             assert (x_better - x_limit).norm() < (x_euler - x_limit).norm() < 0.1 * x_limit.norm()
 
 
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde", "lcm", "ddim", "res_multistep", "er_sde"])
-def test_other_samplers_arrive(sampling, sampler):
-    for samples in sampling.ours(sampler=sampler):
-        assert torch.isfinite(samples).all() and samples.std() < 5
+class Reference:
+    """What a sampler's model is to return, by the method's equations and the library's transformer."""
+
+    def __init__(self, comfy, sampling, log2_alpha, cfg):
+        self.sampling, self.alpha, self.cfg = sampling, 2.0**log2_alpha, cfg
+        self.prompts = [sampling.pipeline.encode_prompt(prompt)[0].detach() for prompt in ("a red ball", "")]
+        # Samplers ask a model's wrapper for its noise levels.
+        model = sampling.model
+        self.inner_model = SimpleNamespace(model_patcher=model, inner_model=model.model)
+
+    def __call__(self, x, sigma, denoise_mask=None, model_options=None, seed=None):
+        image, depth = x.split([self.sampling.image_noise.numel(), self.sampling.depth_noise.numel()], dim=-1)
+        image = image.view(self.sampling.image_noise.shape)
+        # What is carried is x_t (1 + (a - 1) sigma) / a, and depth's own level a sigma / (1 + (a - 1) sigma).
+        share = self.alpha / (1 + (self.alpha - 1) * sigma)
+        depth, level = depth.view(self.sampling.depth_noise.shape) * share, sigma * share
+        estimates = []
+        for prompt in self.prompts:
+            velocity, clean = call_library(self.sampling.pipeline.transformer, image, depth, [sigma, level], prompt)
+            clean = depth - level * velocity_from_clean(depth, clean, level)
+            estimates.append(
+                torch.cat([(image - sigma * velocity).flatten(), clean.flatten() / self.alpha]).view(x.shape)
+            )
+        cond, uncond = estimates
+        denoised = uncond + self.cfg * (cond - uncond)
+        for function in (model_options or {}).get("sampler_post_cfg_function", []):
+            denoised = function({"denoised": denoised, "cond_denoised": cond, "uncond_denoised": uncond})
+        return denoised
+
+
+@pytest.mark.parametrize("log2_alpha", [-5.0, 0.0, 5.0])
+@torch.no_grad()
+def test_every_sampler_goes_by_the_methods_equations(sampling, comfy, log2_alpha):
+    sigmas, cfg = sampling.sigmas(6), 1.5
+    off = {}
+    for name in comfy.samplers.KSampler.SAMPLERS:
+        noise = torch.cat([sampling.image_noise.flatten(), sampling.depth_noise.flatten()])[None, None]
+        reference = comfy.samplers.sampler_object(name).sampler_function(
+            Reference(comfy, sampling, log2_alpha, cfg), noise, sigmas, {"seed": 0}, callback=None, disable=True
+        )
+        reference = reference.split([sampling.image_noise.numel(), sampling.depth_noise.numel()], dim=-1)
+        ours = sampling.ours(sampler=name, log2_alpha=log2_alpha, cfg=cfg, sigmas=sigmas.clone())
+        for x, y, scale in zip(ours, reference, (1.0, 2.0**log2_alpha)):
+            y = y.view(x.shape) * scale
+            off[name] = max(off.get(name, 0.0), max_error(x, y) / float(y.abs().max()))
+    assert len(off) >= 44 and max(off.values()) <= 1e-3, {name: x for name, x in off.items() if not x <= 1e-3}
 
 
 def test_a_run_in_two_parts(sampling):
@@ -464,6 +520,200 @@ def test_a_run_in_two_parts(sampling):
     parts = sampling.ours(list(left_over), noise=still, sigmas=sigmas[3:])
     for ours, reference in zip(parts, whole):
         assert max_error(ours, reference) <= 1e-4
+
+
+def test_no_noise_is_noise_of_the_first_stream_alone(sampling, comfy):
+    """So ComfyUI 0.27 has it for a sampler that is to add none."""
+    left_over = sampling.ours(sigmas=sampling.sigmas(6)[:4])
+    guider = comfy.samplers.CFGGuider(sampling.model)
+    guider.set_conds(sampling.conds("a red ball"), sampling.conds(""))
+    guider.set_cfg(4.0)
+    results = [
+        guider.sample(
+            noise,
+            comfy.nested_tensor.NestedTensor(list(left_over)),
+            comfy.samplers.sampler_object("euler"),
+            sampling.sigmas(6)[3:],
+            disable_pbar=True,
+            seed=7,
+        ).unbind()
+        for noise in (
+            torch.zeros_like(left_over[0]),
+            comfy.nested_tensor.NestedTensor([torch.zeros_like(x) for x in left_over]),
+        )
+    ]
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+def test_what_is_held_stays_so_under_another_noise_mask(sampling):
+    """'Set Latent Noise Mask' replaces the mask of a latent: of the image, while depth is held on."""
+    given, valid, _ = sampling.pipeline.depth_processor.normalize(sampling.depth)
+    image = torch.randn(sampling.image_noise.shape, generator=torch.Generator().manual_seed(8))
+    depth_held = torch.where(valid, held_at("soft"), 1.0)
+    held = torch.cat([torch.ones_like(depth_held), depth_held], dim=1)
+    mask = torch.ones(1, 1, *image.shape[-2:])
+    mask[..., :3] = 0
+    noise = [sampling.image_noise, sampling.depth_noise]
+    ours = sampling.ours([image, given, held], mask, [*noise, torch.randn(held.shape)])
+    assert len(ours) == 3 and torch.equal(ours[1], given) and torch.equal(ours[2], held)
+    torch.testing.assert_close(ours[0][..., :3], image[..., :3])
+    reference = sampling.ours([image, given], [mask, depth_held], noise)
+    assert torch.equal(ours[0], reference[0])
+    assert max_error(ours[0][..., 3:], sampling.ours([image, given], mask, noise)[0][..., 3:]) > 0.1
+    # In two stages, the second of which adds no noise, depth that is held needs its own.
+    sigmas = sampling.sigmas(6)
+    seeded = torch.Generator().manual_seed(0)
+    noise = [torch.randn(x.shape, generator=seeded) for x in (image, given, held)]
+    whole = sampling.ours([image, given, held], noise=noise, sigmas=sigmas)
+    half = sampling.ours([image, given, held], noise=noise, sigmas=sigmas[:4])
+    rest = sampling.ours(list(half), noise=[torch.zeros_like(x) for x in noise], sigmas=sigmas[3:])
+    for x, y in zip(rest, whole):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_for_an_image_that_is_kept_is_said_to_have_no_say(sampling, caplog):
+    image, depth = torch.ones_like(sampling.image_noise), torch.zeros_like(sampling.depth_noise)
+    held = torch.cat([torch.zeros_like(depth), torch.ones_like(depth)], dim=1)
+    mask = torch.ones(1, 1, *image.shape[-2:])
+    mask[..., :2] = 0
+    ours = sampling.ours([image, depth, held], mask, [sampling.image_noise, sampling.depth_noise, held])
+    assert torch.equal(ours[0], image) and "no say over an image that is kept whole" in caplog.text
+
+
+def test_a_run_within_a_run(sampling):
+    """Two samplings of one model read nothing of each other."""
+    given = torch.ones_like(sampling.image_noise)
+    alone = sampling.ours()
+    inner = []
+
+    def callback(step, estimate, state, total_steps):
+        if step == total_steps - 1:  # ComfyUI lets no other sampling of a model begin earlier
+            depth = torch.zeros_like(sampling.depth_noise)
+            mask = [torch.zeros_like(given), torch.ones_like(depth)]
+            inner.extend(sampling.ours([given, depth], mask, log2_alpha=-5.0))
+
+    outer = sampling.ours(callback=callback)
+    assert torch.equal(inner[0], given)
+    for x, y in zip(outer, alone):
+        assert torch.equal(x, y)
+
+
+# Other nodes' patches
+
+
+def test_guidance_sees_one_stream_at_a_time(sampling):
+    """Functions of other nodes are made for latents (B, C, h, w)."""
+    seen = set()
+
+    def look(args):
+        seen.update((name, tuple(x.shape)) for name, x in args.items() if torch.is_tensor(x) and x.ndim > 1)
+        return args
+
+    def with_look(model):
+        model.set_model_sampler_pre_cfg_function(lambda args: look(args)["conds_out"])
+        model.set_model_sampler_cfg_function(
+            lambda args: args["uncond"] + (look(args)["cond"] - args["uncond"]) * args["cond_scale"]
+        )
+        model.set_model_sampler_post_cfg_function(lambda args: look(args)["denoised"])
+        return model
+
+    patched = sampling.ours(model=with_look(sampling.model.clone()))
+    shapes = {tuple(sampling.image_noise.shape), tuple(sampling.depth_noise.shape)}
+    for name in ("input", "cond", "uncond", "cond_denoised", "denoised"):
+        assert {shape for key, shape in seen if key == name} == shapes, name
+    for x, y in zip(patched, sampling.ours()):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_skip_layer_guidance(sampling, comfy):
+    """The estimate without a block, from ComfyUI's node, is that of a transformer without it."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    (model,) = SkipLayerGuidanceDiT.execute(sampling.model, 2.0, 0.0, 1.0, "1", "0").result
+    ours = sampling.ours(model=model, cfg=1.0, sigmas=torch.tensor([0.8, 0.0]), log2_alpha=0.0)
+    whole = sampling.ours(cfg=1.0, sigmas=torch.tensor([0.8, 0.0]), log2_alpha=0.0)
+    skipping = copy.deepcopy(sampling.pipeline.transformer)
+    del skipping.transformer_blocks[1], skipping.single_transformer_blocks[0]
+    level = torch.tensor([0.8])
+    noisy = 0.8 * sampling.image_noise, 0.8 * sampling.depth_noise
+    context = sampling.pipeline.encode_prompt("a red ball")[0]
+    velocity, clean = call_library(skipping, *noisy, [level, level], context)
+    for x, y, skipped in zip(ours, whole, (noisy[0] - 0.8 * velocity, clean)):
+        assert max_error(x, y + 2 * (y - skipped)) <= 1e-4
+        assert max_error(x, y) > 1e-2
+
+
+def test_attention_patches(sampling):
+    """Seen with every block, text, image and depth in one; what they change counts."""
+    places, shapes = [], set()
+
+    def before(q, k, v, pe=None, attn_mask=None, extra_options=None):
+        places.append((extra_options["block_type"], extra_options["block_index"], tuple(extra_options["img_slice"])))
+        shapes.add(tuple(q.shape[1:]))
+        return {"q": q, "k": k, "v": v, "pe": pe, "attn_mask": attn_mask}
+
+    same = sampling.model.clone()
+    same.set_model_attn1_patch(before)
+    for x, y in zip(sampling.ours(model=same), sampling.ours()):
+        assert torch.equal(x, y)
+    ((_, tokens, _),) = shapes
+    image_tokens = sampling.image_noise[0, 0].numel()
+    assert set(places) == {
+        (kind, i, (tokens - 2 * image_tokens, tokens)) for kind in ("double", "single") for i in range(2)
+    }
+    changed = sampling.model.clone()
+    changed.set_model_attn1_output_patch(lambda attended, extra_options: attended * 0)
+    for x, y in zip(sampling.ours(model=changed), sampling.ours()):
+        assert max_error(x, y) > 1e-2
+
+
+def test_patches_without_a_place_are_said_to_be_left_out(sampling, caplog):
+    model = sampling.model.clone()
+    model.set_model_patch(lambda *args: args, "output_block_patch")
+    model.set_model_patch_replace(lambda *args: args, "attn1", "middle", 0)
+    for x, y in zip(sampling.ours(model=model), sampling.ours()):
+        assert torch.equal(x, y)
+    assert caplog.text.count("has no place for what a node patches (attn1, output_block_patch): it is left out.") == 1
+
+
+def test_rescaled_and_damped_guidance(sampling):
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+    from comfy_extras.nodes_tcfg import TCFG
+
+    plain = sampling.ours()
+    (damped,) = TCFG.execute(sampling.model).result
+    for model in (RescaleCFG().patch(sampling.model, 0.7)[0], damped):
+        for x, y in zip(sampling.ours(model=model), plain):
+            assert torch.isfinite(x).all() and x.std() < 2 * y.std() and max_error(x, y) > 1e-2
+    for x, y in zip(sampling.ours(model=RescaleCFG().patch(sampling.model, 0.0)[0]), plain):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def test_caches(sampling, comfy):
+    """EasyCache reuses what the model says, of both streams; LazyCache cannot, and says so."""
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
+    calls = []
+    settings = {"sigmas": sampling.sigmas(20), "cfg": 1.0}
+    (cached,) = EasyCacheNode.execute(sampling.model, 0.3, 0.0, 1.0, False).result
+    (careful,) = EasyCacheNode.execute(sampling.model, 0.0, 0.0, 1.0, False).result
+    handle = sampling.model.model.diffusion_model.img_in.register_forward_hook(lambda *args: calls.append(1))
+    try:
+        plain = sampling.ours(**settings)
+        assert len(calls) == 20
+        for x, y in zip(sampling.ours(model=careful, **settings), plain):
+            assert torch.equal(x, y)
+        calls.clear()
+        for x, y in zip(sampling.ours(model=cached, **settings), plain):
+            assert (x - y).norm() < 0.3 * y.norm()
+        assert 5 < len(calls) < 18
+    finally:
+        handle.remove()
+    (lazy,) = LazyCacheNode.execute(sampling.model, 0.2, 0.15, 0.95, False).result
+    with pytest.raises(ValueError, match="take EasyCache"):
+        sampling.ours(model=lazy)
 
 
 def test_sampling_that_another_node_replaced(sampling, comfy):
