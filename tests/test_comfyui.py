@@ -103,14 +103,32 @@ class TinyGraph(Graph):
             **inputs,
         )[0]
 
+    def prompts(self):
+        texts = {"positive": PROMPT, "negative": ""}
+        return {name: self.add("CLIPTextEncode", clip=self.clip, text=text)[0] for name, text in texts.items()}
+
+    def sample_part(self, latent, add_noise, start, end, leftover):
+        return self.add(
+            "KSamplerAdvanced",
+            model=self.model,
+            **self.prompts(),
+            latent_image=latent,
+            add_noise=add_noise,
+            noise_seed=7,
+            steps=4,
+            cfg=4.0,
+            sampler_name="euler",
+            scheduler="simple",
+            start_at_step=start,
+            end_at_step=end,
+            return_with_leftover_noise=leftover,
+        )[0]
+
     def sample(self, latent, model=None, sampler="euler", scheduler="simple", steps=4, cfg=4.0, denoise=1.0):
-        positive = self.add("CLIPTextEncode", clip=self.clip, text=PROMPT)[0]
-        negative = self.add("CLIPTextEncode", clip=self.clip, text="")[0]
         return self.add(
             "KSampler",
             model=model or self.model,
-            positive=positive,
-            negative=negative,
+            **self.prompts(),
             latent_image=latent,
             seed=7,
             steps=steps,
@@ -280,6 +298,57 @@ def test_custom_sampler(server):
     maps = [read_depth(files[name][0]) for name in saved]
     assert np.array_equal(maps[0], maps[2])
     assert np.allclose(maps[0], maps[1], rtol=1e-4)  # after the last step the estimate is the result
+
+
+@pytest.mark.parametrize("noise", ["KSamplerAdvanced", "DisableNoise"])
+def test_two_stages(server, noise):
+    """The second adds no noise, and goes on where the first left off."""
+    graph = TinyGraph()
+    whole = graph.sample(graph.empty(), sampler="euler")
+    if noise == "KSamplerAdvanced":
+        first = graph.sample_part(graph.empty(), "enable", 0, 2, "enable")
+        parts = graph.sample_part(first, "disable", 2, 1000, "disable")
+    else:
+        sigmas = graph.add("BasicScheduler", model=graph.model, scheduler="simple", steps=4, denoise=1.0)[0]
+        halves = graph.add("SplitSigmas", sigmas=sigmas, step=2)
+        parts = graph.empty()
+        for half, source in ((0, graph.add("RandomNoise", noise_seed=7)), (1, graph.add("DisableNoise"))):
+            parts = graph.add(
+                "SamplerCustomAdvanced",
+                noise=source[0],
+                guider=graph.add("CFGGuider", model=graph.model, **graph.prompts(), cfg=4.0)[0],
+                sampler=graph.add("KSamplerSelect", sampler_name="euler")[0],
+                sigmas=halves[half],
+                latent_image=parts,
+            )[0]
+    saved = [graph.save_depth(graph.decode(latent)[1]) for latent in (whole, parts)]
+    images = [graph.save_image(graph.decode(latent)[0]) for latent in (whole, parts)]
+    files = server.run(graph.nodes)
+    maps = [read_depth(files[name][0]) for name in saved]
+    assert np.allclose(*maps, rtol=1e-3)
+    assert np.abs(np.subtract(*(pixels(files[name][0]).astype(int) for name in images))).max() <= 1
+
+
+def test_inpainting_over_kept_depth(server):
+    """A noise mask of ComfyUI's own node is for the image; depth that 'Encode RGB-D' keeps is kept."""
+    graph = TinyGraph()
+    depth, valid = graph.load_depth()
+    encoded = graph.encode(image=graph.load_image(), depth=depth, depth_mask=valid, vae=graph.vae, keep="depth")
+    left = graph.add("SolidMask", value=0.0, width=50, height=38)[0]
+    right = graph.add("SolidMask", value=1.0, width=25, height=38)[0]
+    mask = graph.add("MaskComposite", destination=left, source=right, x=25, y=0, operation="add")[0]
+    masked = graph.add("SetLatentNoiseMask", samples=encoded, mask=mask)[0]
+    saved = {}
+    for name, latent in {"given": encoded, "made": graph.sample(encoded), "masked": graph.sample(masked)}.items():
+        image, depth, _ = graph.decode(latent)
+        saved[name] = graph.save_image(image), graph.save_depth(depth)
+    files = server.run(graph.nodes)
+    image = {name: pixels(files[names[0]][0]).astype(int) for name, names in saved.items()}
+    depth = {name: read_depth(files[names[1]][0]) for name, names in saved.items()}
+    assert np.array_equal(depth["masked"], depth["given"]) and np.array_equal(depth["made"], depth["given"])
+    assert np.abs(image["masked"] - image["given"])[:, :12].max() <= 1  # away from the seam
+    assert np.abs(image["masked"] - image["given"])[:, 30:].mean() > 5
+    assert np.abs(image["masked"] - image["made"]).mean() > 5
 
 
 def test_single_file_lora_and_fp8(server):
