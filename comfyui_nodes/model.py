@@ -365,6 +365,7 @@ class ModalityForcing(comfy.model_base.Flux):
         """Clean latents as the sampler carries them (B, 1, N), from its state `x` at the noise level `t` (B,)."""
         x, stream = transformer_options[RUN].whole(x)
         run = transformer_options[RUN].like(x)
+        x, t = run.as_flow(x, t)
         image, depth = run.streams.to_model(x, t, run.latent, run.noise)
         levels = run.streams.levels(t)
         dtype = self.get_dtype_inference()

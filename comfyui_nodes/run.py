@@ -12,6 +12,7 @@ is there for nodes between ours and the sampler, which replace a noise mask or d
 import logging
 import math
 
+import comfy.patcher_extension
 import comfy.sample
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,15 @@ KEY = "modality_forcing"  # of the run among transformer options, and of the wra
 # Of ComfyUI's kinds of patches, those that the transformer has a place for.
 PATCHES = {"attn1_patch", "attn1_output_patch"}
 REPLACEMENTS = {"dit"}
+# Samplers of ComfyUI, by their functions, that stop at the last noise level above 0, and those that have no form for
+# flows (see [`Run.as_flow`]).
+STOP_EARLY = {"dpm_fast_function", "dpm_adaptive_function"}
+NO_FLOW = {
+    "sample_ddpm",
+    "sample_dpmpp_2s_ancestral_cfg_pp",
+    "sample_res_multistep_ancestral",
+    "sample_res_multistep_ancestral_cfg_pp",
+}
 
 
 class Run:
@@ -35,10 +45,20 @@ class Run:
         mask: packed noise mask (B, 1, N); see [`Streams`].
         latent, noise: packed clean latents and noise (B, 1, N).
         log2_alpha: trajectory of depth that is made together with the image.
+        start: the sampler's first noise level, where it has no form for flows.
     """
 
-    def __init__(self, shapes, mask: torch.Tensor, latent: torch.Tensor, noise: torch.Tensor, log2_alpha: float):
-        self.shapes, self.mask, self.latent, self.noise, self.log2_alpha = shapes, mask, latent, noise, log2_alpha
+    def __init__(
+        self,
+        shapes,
+        mask: torch.Tensor,
+        latent: torch.Tensor,
+        noise: torch.Tensor,
+        log2_alpha: float,
+        start: float | None = None,
+    ):
+        self.shapes, self.mask, self.latent, self.noise = shapes, mask, latent, noise
+        self.log2_alpha, self.start = log2_alpha, start
         self.streams = Streams(shapes, mask, log2_alpha)
         self.state = None  # of the sampler, while guidance is at work
         self._batches = {}
@@ -63,8 +83,20 @@ class Run:
             )
         if (times, batch.device) not in self._batches:
             mask, latent, noise = (x.to(batch.device).repeat(times, 1, 1) for x in (self.mask, self.latent, self.noise))
-            self._batches[times, batch.device] = Run(self.shapes, mask, latent, noise, self.log2_alpha)
+            self._batches[times, batch.device] = Run(self.shapes, mask, latent, noise, self.log2_alpha, self.start)
         return self._batches[times, batch.device]
+
+    def as_flow(self, carried: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the sampler hands over at `sigma` (B,) as a state of the flow, and its noise level (B,).
+
+        Ancestral samplers without a form for flows leave ``s = 1 - sigma^2 / start`` of the signal beside noise of
+        `sigma`, more than the flow's ``1 - sigma``. Divided by ``s + sigma``, it is a state of the flow again.
+        """
+        if self.start is None:
+            return carried, sigma
+        total = 1 - sigma**2 / self.start + sigma
+        return carried / total.view(-1, 1, 1), sigma / total
 
     # Guidance
 
@@ -138,12 +170,18 @@ def sample(
         noise = given_noise = noise.to(latent)[..., : latent.shape[-1]]
     else:  # none is added, of which ComfyUI 0.27 makes the first stream alone; what is given needs some all the same
         noise, given_noise = torch.zeros_like(latent), _noise(shapes, seed).to(latent)
-    run = Run(shapes, mask, latent, given_noise, guider.model_patcher.get_model_object("log2_alpha"))
+    log2_alpha = guider.model_patcher.get_model_object("log2_alpha")
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", None)
+    run = Run(shapes, mask, latent, given_noise, log2_alpha, float(sigmas[0]) if name in NO_FLOW else None)
     run.streams.check()
 
     # 2. What is given is the run's part; of what is made, masks hold parts of the image, which is the sampler's part
     mask = torch.where(run.streams.given, 1.0, mask)
     _prepare_options(guider.model_options, run)
+    if name in STOP_EARLY:
+        comfy.patcher_extension.add_wrapper(
+            comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, _finish, guider.model_options, is_model_options=True
+        )
     samples = executor(
         noise,
         run.enter(latent),
@@ -157,6 +195,30 @@ def sample(
         **kwargs,
     )
     return torch.cat([run.leave(samples), held.to(samples)], dim=-1)
+
+
+def _finish(
+    executor,
+    guider,
+    sigmas,
+    extra_args,
+    callback,
+    noise,
+    latent_image=None,
+    denoise_mask=None,
+    disable_pbar=False,
+    **kwargs,
+):
+    """
+    Wraps `KSAMPLER.sample` of a sampler that stops at the last noise level above 0, with the step to 0. There the depth
+    may be noise still, which settles after the image.
+    """
+    samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar, **kwargs)
+    if len(sigmas) < 2 or sigmas[-1] > 0:
+        return samples
+    level = sigmas[-2].expand(len(samples))
+    estimate = guider(samples, level, model_options=extra_args["model_options"], seed=extra_args["seed"])
+    return estimate if denoise_mask is None else estimate * denoise_mask + latent_image * (1 - denoise_mask)
 
 
 def _prepare_options(options: dict, run: Run):

@@ -466,14 +466,16 @@ def test_better_solvers_are_closer_to_the_limit(sampling):
 class Reference:
     """What a sampler's model is to return, by the method's equations and the library's transformer."""
 
-    def __init__(self, comfy, sampling, log2_alpha, cfg):
-        self.sampling, self.alpha, self.cfg = sampling, 2.0**log2_alpha, cfg
+    def __init__(self, comfy, sampling, log2_alpha, cfg, flow):
+        self.sampling, self.alpha, self.cfg, self.flow = sampling, 2.0**log2_alpha, cfg, flow
         self.prompts = [sampling.pipeline.encode_prompt(prompt)[0].detach() for prompt in ("a red ball", "")]
         # Samplers ask a model's wrapper for its noise levels.
         model = sampling.model
         self.inner_model = SimpleNamespace(model_patcher=model, inner_model=model.model)
 
     def __call__(self, x, sigma, denoise_mask=None, model_options=None, seed=None):
+        if not self.flow:  # from noise alone: 1 - sigma^2 of the signal beside noise of sigma
+            x, sigma = x / (1 - sigma**2 + sigma), sigma / (1 - sigma**2 + sigma)
         image, depth = x.split([self.sampling.image_noise.numel(), self.sampling.depth_noise.numel()], dim=-1)
         image = image.view(self.sampling.image_noise.shape)
         # What is carried is x_t (1 + (a - 1) sigma) / a, and depth's own level a sigma / (1 + (a - 1) sigma).
@@ -493,6 +495,38 @@ class Reference:
         return denoised
 
 
+NO_FLOW = {"ddpm", "dpmpp_2s_ancestral_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp"}
+
+
+def test_samplers_without_a_form_for_flows(sampling, comfy):
+    """Of a signal that is known, all but four hand the model ``1 - sigma``, beside noise of sigma."""
+
+    class Known(Reference):
+        def __init__(self):
+            self.inner_model, self.seen = (
+                SimpleNamespace(model_patcher=sampling.model, inner_model=sampling.model.model),
+                [],
+            )
+
+        def __call__(self, x, sigma, denoise_mask=None, model_options=None, seed=None):
+            self.seen.append((float(sigma), float(x.mean()) / 10, float(x.std())))
+            denoised = torch.full_like(x, 10.0)
+            for function in (model_options or {}).get("sampler_post_cfg_function", []):
+                function({"denoised": denoised, "uncond_denoised": denoised})
+            return denoised
+
+    noise = torch.randn(1, 1, 20000, generator=torch.Generator().manual_seed(0))
+    for name in comfy.samplers.KSampler.SAMPLERS:
+        model = Known()
+        end = comfy.samplers.sampler_object(name).sampler_function(
+            model, noise, sampling.sigmas(20).clone(), {"seed": 0}, callback=None, disable=True
+        )
+        sigma, signal, std = torch.tensor(model.seen).T
+        assert torch.allclose(signal, 1 - (sigma**2 if name in NO_FLOW else sigma), atol=0.02), name
+        assert torch.allclose(std, sigma, atol=0.02), name
+        assert (float(end.std()) > 0.1) == (name in ("dpm_fast", "dpm_adaptive")), name
+
+
 @pytest.mark.parametrize("log2_alpha", [-5.0, 0.0, 5.0])
 @torch.no_grad()
 def test_every_sampler_goes_by_the_methods_equations(sampling, comfy, log2_alpha):
@@ -501,10 +535,13 @@ def test_every_sampler_goes_by_the_methods_equations(sampling, comfy, log2_alpha
     for name in comfy.samplers.KSampler.SAMPLERS:
         noise = torch.cat([sampling.image_noise.flatten(), sampling.depth_noise.flatten()])[None, None]
         levels = sigmas.clone()
+        model = Reference(comfy, sampling, log2_alpha, cfg, name not in NO_FLOW)
         reference = comfy.samplers.sampler_object(name).sampler_function(
-            Reference(comfy, sampling, log2_alpha, cfg), noise, levels, {"seed": 0}, callback=None, disable=True
+            model, noise, levels, {"seed": 0}, callback=None, disable=True
         )
         reference = reference / (1 - levels[-1])  # uni_pc ends above 0, which it writes here
+        if name in ("dpm_fast", "dpm_adaptive"):
+            reference = model(reference, levels[-2:-1])
         reference = reference.split([sampling.image_noise.numel(), sampling.depth_noise.numel()], dim=-1)
         ours = sampling.ours(sampler=name, log2_alpha=log2_alpha, cfg=cfg, sigmas=sigmas.clone())
         for x, y, scale in zip(ours, reference, (1.0, 2.0**log2_alpha)):
