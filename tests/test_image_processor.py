@@ -2,8 +2,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mf_diffusers.modality_forcing.image_processor import image_to_tensor, processing_size, resize
+from mf_diffusers.modality_forcing.image_processor import image_to_pixels, image_to_tensor, processing_size, resize
+from mf_diffusers.modality_forcing.resampling import resample
 
 
 @pytest.mark.parametrize("size", [(512, 512), (375, 1242), (480, 640), (2048, 1365), (3, 3), (1080, 1920)])
@@ -69,3 +71,75 @@ def test_the_long_side_decides_where_the_rule_says_so():
     assert processing_size(1920, 1080, 512 * 512, 16, "long_side") == (512, 288)
     assert processing_size(300, 300, 512 * 512, 16, "long_side") == processing_size(300, 300, 512 * 512) == (512, 512)
     assert processing_size(1080, 1920, 512 * 512, 16) == (384, 688)
+
+
+def gradients(count, height, width):
+    """Images of different ranges: what one of them is clamped to must not reach another."""
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(count, 3, height, width, generator=generator) > 0.5).float()
+    return images * torch.linspace(0.2, 0.4, count).view(-1, 1, 1, 1) + torch.linspace(0, 0.5, count).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(20, 24), (64, 100), (40, 60)])
+def test_resizing_a_batch_is_resizing_its_images(size):
+    batch = gradients(3, 40, 60)
+    resized = resize(batch, size)
+    for image, alone in zip(batch, resized):
+        assert torch.equal(resize(image[None], size)[0], alone)
+        assert alone.min() >= image.min() and alone.max() <= image.max()
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(20, 24), (64, 100), (20, 100), (64, 24), (40, 60), (1, 1)])
+def test_bands_resample_as_the_whole(monkeypatch, mode, size):
+    images = gradients(2, 40, 60)
+    if size == (40, 60):
+        images = images[:, :, :30, :20]
+    whole = F.interpolate(images, size, mode=mode, antialias=True, align_corners=False)
+    seen = []
+
+    def finish(band, columns):
+        seen.append(columns)
+        return band
+
+    for values in (1, 500, 10**9):  # a row or a column at a time, a few, and all
+        monkeypatch.setattr("mf_diffusers.modality_forcing.resampling.BAND", values)
+        torch.testing.assert_close(resample(images, size, mode, finish), whole, rtol=0, atol=1e-5)
+    assert len(seen) > size[1]
+    pictures = (255 * images).round().byte()
+    torch.testing.assert_close(resample(pictures, size, mode), resample(pictures / 255, size, mode), rtol=0, atol=1e-6)
+
+
+BATCH = (255 * gradients(3, 40, 60)).round().byte()  # (B, 3, H, W)
+AS_ARRAYS = BATCH.movedim(1, -1).numpy()
+KINDS = {
+    "PIL": [PIL.Image.fromarray(array) for array in AS_ARRAYS],
+    "PIL with alpha": [PIL.Image.fromarray(array).convert("RGBA") for array in AS_ARRAYS],
+    "uint8 array": AS_ARRAYS,
+    "uint16 array": AS_ARRAYS.astype(np.uint16) * 257,
+    "float64 array": AS_ARRAYS / 255,
+    "float16 array": (AS_ARRAYS / 255).astype(np.float16),
+    "uint8 tensor": BATCH,
+    "float tensor": BATCH / 255,
+    "bfloat16 tensor": (BATCH / 255).bfloat16(),
+    "mixed list": [PIL.Image.fromarray(AS_ARRAYS[0]), AS_ARRAYS[1] / 255, BATCH[2].float() / 255],
+    "tuple of batches": (AS_ARRAYS[:2], BATCH[2:]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_batch_is_its_images(kind):
+    images = KINDS[kind]
+    batch = image_to_tensor(images if isinstance(images, (np.ndarray, torch.Tensor)) else list(images))
+    assert batch.shape == BATCH.shape and batch.dtype == torch.float32
+    torch.testing.assert_close(batch, BATCH / 255, rtol=0, atol=5e-3 if "16" in kind and "u" not in kind else 1e-3)
+    assert torch.equal(torch.cat([image_to_tensor(image) for image in images]), batch)
+    pixels = image_to_pixels(images if isinstance(images, (np.ndarray, torch.Tensor)) else list(images))
+    for image, alone in zip(pixels, resize(pixels, (24, 36))):
+        assert torch.equal(resize(image[None], (24, 36))[0], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64])
+def test_tensors_of_no_range(dtype):
+    with pytest.raises(ValueError, match=rf"floats in \[0, 1\] or uint8, got {dtype}"):
+        image_to_tensor(torch.zeros(3, 4, 4, dtype=dtype))

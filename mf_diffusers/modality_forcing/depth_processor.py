@@ -6,10 +6,11 @@ import os
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+
+from .resampling import resample, row_bands
 
 
 logger = logging.get_logger(__name__)
@@ -29,21 +30,23 @@ def shrink(depth: torch.Tensor, valid: torch.Tensor, size: tuple[int, int]) -> t
     """
     Depth and validity (B, 1, H, W) at another (height, width), without inventing depth between a surface and what lies
     behind it: a pixel takes the depth in its middle and, where that is missing, the nearest depth of all that become
-    this pixel. So no measurement of a sparse map is lost without need.
+    this pixel. So no measurement of a sparse map is lost without need. Depth is 0 where it is missing.
     """
     if size == tuple(depth.shape[-2:]):
-        return depth, valid
-    middle = F.interpolate(depth, size, mode="nearest-exact")
-    known = F.interpolate(valid.float(), size, mode="nearest-exact") > 0
-    rows, columns = (
-        ((torch.arange(old, device=depth.device) + 0.5) * new / old).long() for old, new in zip(depth.shape[-2:], size)
-    )
-    target = (rows[:, None] * size[1] + columns).flatten().expand(len(depth), -1)
+        return torch.where(valid, depth, 0.0), valid
+    places = [_places(new, old, depth.device) for new, old in zip(size, depth.shape[-2:])]  # the middles of new pixels
+    middle, is_known = (maps[..., places[0][:, None], places[1]] for maps in (depth, valid))
+    rows, columns = (_places(old, new, depth.device) for old, new in zip(depth.shape[-2:], size))  # where old ones fall
+    largest = torch.finfo(depth.dtype).max  # for depth that is known to be infinite
     nearest = torch.full((len(depth), size[0] * size[1]), torch.inf, dtype=depth.dtype, device=depth.device)
-    nearest.scatter_reduce_(1, target, torch.where(valid, depth, torch.inf).flatten(1), "amin")
+    for band in row_bands(depth.shape):
+        values = torch.where(valid[..., band, :], depth[..., band, :].clamp(max=largest), torch.inf).flatten(1)
+        target = (rows[band, None] * size[1] + columns).flatten().expand(len(depth), -1)
+        nearest.scatter_reduce_(1, target, values, "amin")
     nearest = nearest.view(middle.shape)
-    filled = torch.where(known, middle, nearest)
-    return torch.where(filled.isfinite(), filled, 0.0), filled.isfinite()
+    valid = is_known | (nearest <= largest)
+    filled = torch.where(is_known, middle, torch.where(nearest < largest, nearest, torch.inf))
+    return torch.where(valid, filled, 0.0), valid
 
 
 class DepthProcessor(ConfigMixin):
@@ -118,9 +121,7 @@ class DepthProcessor(ConfigMixin):
         """As [`to_tensor`], for validity masks: (B, 1, H, W), bool, True where not zero."""
         return _as_batch(mask, "depth mask") != 0
 
-    def normalize(
-        self, depth: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def is_valid(self, depth: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             depth (`torch.Tensor` of shape (B, 1, H, W)): any positive unit; 0, negative and NaN mean missing, and so
@@ -128,21 +129,46 @@ class DepthProcessor(ConfigMixin):
             mask (`torch.Tensor` of shape (B, 1, H, W), *optional*): False where a pixel is missing besides those.
 
         Returns:
+            Validity (B, 1, H, W), bool.
+        """
+        valid = depth > 0 if self.config.infinite_depth else torch.isfinite(depth) & (depth > 0)
+        return valid if mask is None else valid & mask.bool()
+
+    def scale(self, depth: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean (B,) of the valid finite pixels of maps as [`is_valid`] takes them, 1 where a map has none."""
+        peak = torch.full((len(depth),), torch.finfo(torch.float32).tiny, device=depth.device)
+        total, count = torch.zeros_like(peak), torch.zeros_like(peak)
+
+        def bands():
+            for rows in row_bands(depth.shape):
+                band = depth[..., rows, :]
+                finite = self.is_valid(band, None if mask is None else mask[..., rows, :]) & torch.isfinite(band)
+                yield torch.where(finite, band, 0.0), finite
+
+        for band, finite in bands():
+            peak = torch.maximum(peak, band.amax(dim=(1, 2, 3)))
+            count += finite.sum(dim=(1, 2, 3))
+        for band, _ in bands():  # the mean of depth relative to its peak, so that no unit overflows float32
+            total += (band / peak.view(-1, 1, 1, 1)).sum(dim=(1, 2, 3))
+        return torch.where(count > 0, peak * (total / count.clamp(min=1)), 1.0)
+
+    def normalize(
+        self, depth: torch.Tensor, mask: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            depth, mask: see [`is_valid`].
+            scale (`torch.Tensor` of shape (B,), *optional*): what to divide by; default: see [`scale`].
+
+        Returns:
             Contracted depth (B, 1, H, W) in [0, 2], 0 where missing; validity (B, 1, H, W), bool; and the scale (B,)
             by which the relative depth was divided: the mean of the valid finite pixels, 1 where a map has none.
         """
-        valid = torch.isfinite(depth) & (depth > 0)
-        infinite = torch.isposinf(depth) & self.config.infinite_depth
-        if mask is not None:
-            valid, infinite = valid & mask.bool(), infinite & mask.bool()
-        depth = torch.where(valid, depth, 0.0)
-        count = valid.sum(dim=(1, 2, 3))
-        # The mean of depth relative to its peak, so that no unit overflows float32.
-        peak = depth.amax(dim=(1, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
-        mean = peak * ((depth / peak.view(-1, 1, 1, 1)).sum(dim=(1, 2, 3)) / count.clamp(min=1))
-        scale = torch.where(count > 0, mean, 1.0)
-        contracted = contract(depth / scale.view(-1, 1, 1, 1))
-        return torch.where(infinite, 2.0, contracted), valid | infinite, scale
+        scale = self.scale(depth, mask) if scale is None else scale
+        valid = self.is_valid(depth, mask)
+        infinite = valid & torch.isposinf(depth)
+        contracted = contract(torch.where(valid & ~infinite, depth, 0.0) / scale.view(-1, 1, 1, 1))
+        return torch.where(infinite, 2.0, contracted), valid, scale
 
     def encode(
         self,
@@ -167,9 +193,9 @@ class DepthProcessor(ConfigMixin):
             mask = self.mask_to_tensor(mask).to(depth.device)
             if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
                 raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
-        contracted, valid, scale = self.normalize(depth, mask)
-        contracted, valid = shrink(contracted, valid, (height or depth.shape[-2], width or depth.shape[-1]))
-        return contracted, valid, scale
+        scale = self.scale(depth, mask)
+        size = (height or depth.shape[-2], width or depth.shape[-1])
+        return self.normalize(*shrink(depth, self.is_valid(depth, mask), size), scale)
 
     def preprocess(
         self,
@@ -231,9 +257,9 @@ class DepthProcessor(ConfigMixin):
         """
         if tuple(depth.shape[-2:]) == tuple(size):
             return depth, valid
-        contracted = F.interpolate(contract(depth), size, mode="bilinear", antialias=True, align_corners=False)
-        share = F.interpolate(valid.float(), size, mode="bilinear", antialias=True, align_corners=False)
-        return uncontract(contracted.clamp(self.config.near, 2 - 1 / self.config.far)), share >= 0.5
+        near, far = self.config.near, 2 - 1 / self.config.far
+        resized = resample(contract(depth), size, "bilinear", lambda band, _: uncontract(band.clamp(near, far)))
+        return resized, resample(valid.float(), size, "bilinear", lambda share, _: share >= 0.5)
 
     def patchify(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, 1, H, W) -> (B, N, p*p): row-major over the patches and within each."""
@@ -253,6 +279,11 @@ class DepthProcessor(ConfigMixin):
             raise ValueError(f"Tokens of shape {tuple(tokens.shape)} do not make a depth map of {height}x{width}.")
         maps = tokens.reshape(-1, height // p, width // p, p, p).transpose(2, 3)
         return maps.reshape(-1, 1, height, width)
+
+
+def _places(count: int, of: int, device) -> torch.Tensor:
+    """Which of `of` pixels in a row have the middles of `count` pixels in the same place."""
+    return (2 * torch.arange(count, device=device) + 1) * of // (2 * count)
 
 
 def _as_batch(maps, noun: str) -> torch.Tensor:

@@ -6,11 +6,13 @@ from numbers import Integral, Real
 
 import numpy as np
 import PIL.Image
+import psutil
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .depth_processor import DepthProcessor
-from .image_processor import image_to_tensor
+from .image_processor import image_to_pixels
+from .resampling import to_unit_range
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -20,7 +22,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class GivenImage:
     """
     Args:
-        pixels (`torch.Tensor` of shape (B, 3, H, W)): in [0, 1].
+        pixels (`torch.Tensor` of shape (B, 3, H, W)): in [0, 1], or uint8.
         hidden (`torch.Tensor` of shape (B or 1, 1, H, W), *optional*): in [0, 1], 1 where the image is made anew;
             `None`: nowhere.
         is_start: Whether the image is only what sampling starts from (`strength`).
@@ -43,8 +45,9 @@ class GivenImage:
         """The pixels, where they are hidden the mean of the others, so that nothing of what is hidden shows through."""
         hidden = (self.hidden >= 0.5).expand(len(self.pixels), -1, -1, -1)
         shown = (~hidden).float()
-        mean = (self.pixels * shown).sum(dim=(2, 3), keepdim=True) / shown.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-        return torch.where(hidden, mean, self.pixels)
+        pixels = to_unit_range(self.pixels)
+        mean = (pixels * shown).sum(dim=(2, 3), keepdim=True) / shown.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        return torch.where(hidden, mean, pixels)
 
 
 @dataclass
@@ -73,7 +76,7 @@ def read_image(image, mask_image=None, strength: float | None = None) -> GivenIm
     """The `image`, `mask_image` and `strength` of a call as tensors; `None` where there is no image."""
     if image is None:
         return None
-    pixels = image_to_tensor(image)
+    pixels = image_to_pixels(image)
     hidden = None if mask_image is None else mask_to_tensor(mask_image)
     if hidden is not None:
         if hidden.shape[-2:] != pixels.shape[-2:] or len(hidden) not in (1, len(pixels)):
@@ -96,7 +99,7 @@ def read_depth(
     mask = None if depth_mask is None else depth_processor.mask_to_tensor(depth_mask)
     if mask is not None and (mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth))):
         raise ValueError(f"The mask has shape {tuple(mask.shape)}, but the depth has {tuple(depth.shape)}.")
-    _, valid, _ = depth_processor.normalize(depth, mask)
+    valid = depth_processor.is_valid(depth, mask)
     empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
@@ -295,6 +298,40 @@ def check_counts(num_prompts: int, image: GivenImage | None, depth: GivenDepth |
             f"`image` is {image.size} and `depth` {depth.size} (H, W): give them at one size, pixel over pixel."
         )
     return most
+
+
+def check_memory(
+    pipe, batch_size: int, size: tuple[int, int], output_size: tuple[int, int], device: torch.device
+) -> None:
+    """Raises ValueError where the tensors that are surely held at once are larger than the memory that is free.
+
+    Args:
+        size, output_size: (height, width) to work at and to return.
+    """
+    config, vae = pipe.transformer.config, pipe.vae
+    tokens = batch_size * math.prod(size) // pipe.token_size**2 * (2 if pipe.has_depth else 1)
+    # In a block: its input, the norm of it, queries, keys, values, and of the MLP as much again.
+    states = 8 * tokens * config.num_attention_heads * config.attention_head_dim * pipe.transformer.dtype.itemsize
+    # A convolution of the VAE at full size: what goes in and what comes out.
+    pixels = 0 if vae.use_tiling else math.prod(size) * (1 if vae.use_slicing else batch_size)
+    convolved = 2 * pixels * vae.config.block_out_channels[0] * vae.dtype.itemsize
+    result = batch_size * math.prod(output_size) * 8  # depth, its mask, and 8 bits of three colours
+    for needed, where in ((max(states, convolved), torch.device(device)), (result, torch.device("cpu"))):
+        free = free_memory(where)
+        if needed > free:
+            height, width = size if needed != result else output_size
+            raise ValueError(
+                f"{batch_size} of {height}x{width} (H x W) take at least {needed / 1e9:.3g} GB, but {free / 1e9:.3g} "
+                f"GB of memory are free on {where.type}: give a smaller `height` and `width`, or fewer at once."
+            )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated on a device, infinite where it does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available if device.type == "cpu" else math.inf
 
 
 def check_components(pipe) -> None:

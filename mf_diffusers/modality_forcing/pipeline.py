@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, UMT5EncoderModel
@@ -26,6 +26,7 @@ from .inputs import (
     check_counts,
     check_given,
     check_inputs,
+    check_memory,
     read_depth,
     read_image,
 )
@@ -34,6 +35,7 @@ from .loaders import ModalityForcingLoaderMixin
 from .model_files import check_loaded
 from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
+from .resampling import to_unit_range
 from .stream import Stream
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
@@ -122,7 +124,6 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         # A latent token is a 2x2 cell of VAE latents; a depth token covers the same pixels.
         self.token_size = 2 * self.vae_scale_factor
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.token_size)
         self._guidance_scale = 1.0
         self._num_inference_steps = 0
         self._num_timesteps = 0
@@ -211,7 +212,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return scheduler
 
     def prepare_image(self, image: torch.Tensor, batch_size: int, height: int, width: int, device) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] as clean tokens (batch_size, N, C)."""
+        """Images (B, 3, H, W) in [0, 1], or uint8, as clean tokens (batch_size, N, C)."""
         tokens = image_to_tokens(self.vae, resize(image, (height, width)).to(device))
         return tokens.repeat_interleave(batch_size // len(image), dim=0)
 
@@ -378,16 +379,31 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         features[:] = (changed.get(name, tensors[name]) for name in ("prompt_embeds", "negative_prompt_embeds"))
 
     def postprocess_image(
-        self, tokens: torch.Tensor, rows: int, columns: int, given: GivenImage | None, output_size: tuple[int, int]
-    ) -> torch.Tensor:
-        """Image tokens -> images (B, 3, H, W) in [-1, 1]; pixels that are known are those of the given image."""
-        images = resize(decode_latents(self.vae, tokens_to_latents(self.vae, tokens, rows, columns)), output_size)
-        if given is None or given.hidden is None:
+        self,
+        tokens: torch.Tensor,
+        rows: int,
+        columns: int,
+        given: GivenImage | None,
+        output_size: tuple[int, int],
+        output_type: str,
+    ) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
+        """Image tokens -> images as `output_type` says; pixels that are known are those of the given image."""
+        images = decode_latents(self.vae, tokens_to_latents(self.vae, tokens, rows, columns))
+
+        def finish(band, place):
+            band = band / 2 + 0.5
+            if given is not None and given.hidden is not None:
+                repeats = len(band) // len(given.pixels), len(band) // len(given.hidden)
+                pixels = to_unit_range(given.pixels[..., place]).to(band).repeat_interleave(repeats[0], dim=0)
+                hidden = given.hidden[..., place].to(band).repeat_interleave(repeats[1], dim=0)
+                band = pixels + hidden * (band - pixels)
+            return (255 * band).round().to(torch.uint8) if output_type == "pil" else band
+
+        images = resize(images, output_size, finish)
+        if output_type == "pt":
             return images
-        repeats = len(images) // len(given.pixels), len(images) // len(given.hidden)
-        pixels = (2 * given.pixels.to(images) - 1).repeat_interleave(repeats[0], dim=0)
-        hidden = given.hidden.to(images).repeat_interleave(repeats[1], dim=0)
-        return pixels + hidden * (images - pixels)
+        images = images.movedim(1, -1).cpu().numpy()
+        return [PIL.Image.fromarray(image) for image in images] if output_type == "pil" else images
 
     def postprocess_depth(
         self,
@@ -411,8 +427,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             return resized, mask, uncertainty
         known = given.depth.to(depth).repeat_interleave(len(depth) // len(given.depth), dim=0)
         if given.is_start:
-            _, _, scale = self.depth_processor.normalize(known)
-            return resized * scale.view(-1, 1, 1, 1), mask, uncertainty
+            return resized * self.depth_processor.scale(known).view(-1, 1, 1, 1), mask, uncertainty
         is_known = known.isfinite()
         correction = log_correction(depth, *shrink(torch.where(is_known, known, 0.0), is_known, (height, width)))
         correction = F.interpolate(correction, output_size, mode="bilinear", align_corners=False)
@@ -604,6 +619,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         (height, width), output_size = self.prepare_size(height, width, input_size)
         rows, columns = height // self.token_size, width // self.token_size
         device = self._execution_device
+        check_memory(self, batch_size, (height, width), output_size, device)
 
         # 2. What is made, in how many steps
         makes_image = image is None or not image.is_whole
@@ -691,8 +707,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         if makes_image and output_type == "latent":
             images = tokens_to_latents(self.vae, image_tokens, rows, columns)
         elif makes_image:
-            images = self.postprocess_image(image_tokens, rows, columns, image, output_size)
-            images = self.image_processor.postprocess(images, output_type)
+            images = self.postprocess_image(image_tokens, rows, columns, image, output_size, output_type)
         if depth_samples and output_type == "latent":
             depth_outputs = (self.depth_processor.unpatchify(depth_samples[0], height, width), None, None)
         elif depth_samples:
