@@ -21,6 +21,7 @@ from mf_diffusers.checkpoints import load_pipeline
 from mf_diffusers.depth_io import read_depth
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.files import temporary_folder
+from mf_diffusers.geometry import PointSettings
 from mf_diffusers.pictures import read_image
 from mf_diffusers.results import METADATA, place_result, write_result
 from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
@@ -137,7 +138,7 @@ def from_text(make, folder, seed, sampling):
     made = make("text to image and depth", seeds, **inputs)
     for number, (prompt, image, depth, mask) in enumerate(zip(PROMPTS, made.images, made.depth, made.depth_mask)):
         facts.append({"result": f"text-{number + 1}", "prompt": prompt, "seed": seed + number})
-        write(folder, facts[-1], image, depth, mask=mask)
+        write(folder, facts[-1], image, depth, mask=mask, points=PointSettings())
         rows.append([image, Image.fromarray(colorize_depth(depth, mask))])
     return facts, contact_sheet(rows, PROMPTS, ("image made", "depth made"), CELL, "Text to image and depth")
 
@@ -152,7 +153,7 @@ def from_images(make, folder, seed, scenes):
         aligned = align_affine_robust(depth, scene.depth).apply(depth)
         errors = {name: depth_metrics(aligned, scene.depth)[name] for name in ERRORS}
         facts.append({"result": f"depth-{scene.name}", "scene": scene.caption, "seed": seed + number} | errors)
-        write(folder, facts[-1], scene.image, depth, mask=mask, points=False)
+        write(folder, facts[-1], scene.image, depth, mask=mask)
         near, far = np.percentile(scene.depth[valid], PERCENTILES)
         relative = np.abs(aligned - scene.depth) / np.where(valid, scene.depth, 1)
         error = Image.fromarray(colorize_error(relative, valid, max=BRIGHTEST_ERROR))
@@ -172,7 +173,7 @@ def from_depth(make, folder, seed, sampling, scenes):
     for strength, log2_alpha in STRENGTHS.items():
         image = make(f"depth to image, {strength}", [seed], log2_alpha=log2_alpha, **inputs).images[0]
         facts.append({"result": f"image-{strength}", "prompt": NEW_PROMPT, "seed": seed, "log2_alpha": log2_alpha})
-        write(folder, facts[-1], image, given, points=False)
+        write(folder, facts[-1], image, given)
         rows.append([Image.fromarray(colorize_depth(given)), image])
     labels = [f"depth followed {name}" + (f", log2_alpha {a}" if a else "") for name, a in STRENGTHS.items()]
     return facts, contact_sheet(rows, labels, ("depth given", "image made"), CELL, f"Depth to image: {NEW_PROMPT}")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mf_diffusers.depth_io import as_depth_map, write_depth
 from mf_diffusers.files import ESCAPED, legal_name, place_folder
-from mf_diffusers.geometry import FOV_DEGREES, mesh, point_cloud, save_glb, save_ply
+from mf_diffusers.geometry import PointSettings, mesh, point_cloud, reduced, save_glb, save_ply
 from mf_diffusers.visualization import colorize_depth, colorize_error
 
 
@@ -46,12 +46,12 @@ def place_result(folder, output, name, overwrite=False, written=()):
 
 
 def write_result(
-    folder, image, depth, metadata, mask=None, uncertainty=None, fov_degrees=FOV_DEGREES, exr=False, points=True
+    folder, image, depth, metadata, mask=None, uncertainty=None, exr=False, points: PointSettings | None = None
 ):
     """Write the files of a result into `folder`.
 
-    image.png; depth.npy, the depth as it is; depth.png (16 bits), depth_colored.png, with `points` points.ply and
-    points.glb, and with `exr` depth.exr, all without the pixels that have no valid depth; mask.png where there are any
+    image.png; depth.npy, the depth as it is; depth.png (16 bits), depth_colored.png, with `exr` depth.exr, and with
+    `points` points.ply and points.glb, all without the pixels that have no valid depth; mask.png where there are any
     such; uncertainty.npy and uncertainty.png where there is one; metadata.json.
 
     Args:
@@ -60,30 +60,36 @@ def write_result(
         metadata: what can be written as JSON; paths are written as text.
         mask: bool (H, W), True where `depth` is valid. None: where it is above 0.
         uncertainty: relative uncertainty (H, W).
-        fov_degrees: field of view of the point cloud and the mesh along the longer side.
+        points: how points and mesh are made. None: there are none.
 
     Warns with UserWarning when no pixel is left for the point cloud or the mesh, which is then left out.
     """
     image.save(folder / "image.png")
-    np.save(folder / "depth.npy", depth.astype(np.float32))
+    np.save(folder / "depth.npy", depth.astype(np.float32, copy=False))
     depth = as_depth_map(depth, mask)
-    valid = depth > 0
     write_depth(folder / "depth.png", depth)
     if exr:
         write_depth(folder / "depth.exr", depth)
     Image.fromarray(colorize_depth(depth)).save(folder / "depth_colored.png")
+    valid = depth > 0
     if not valid.all():
-        Image.fromarray(255 * valid.astype(np.uint8)).save(folder / "mask.png")
+        Image.fromarray(valid.astype(np.uint8) * np.uint8(255)).save(folder / "mask.png")
     if uncertainty is not None:
-        np.save(folder / "uncertainty.npy", uncertainty.astype(np.float32))
+        np.save(folder / "uncertainty.npy", uncertainty.astype(np.float32, copy=False))
         Image.fromarray(colorize_error(uncertainty, valid)).save(folder / "uncertainty.png")
-    geometries = (("points.ply", point_cloud, save_ply), ("points.glb", mesh, save_glb)) if points else ()
-    for name, build, save in geometries:
-        try:
-            geometry = build(depth, image, fov_degrees=fov_degrees)
-        except ValueError as error:
-            warnings.warn(f"no {name} is written: {error}", UserWarning, stacklevel=2)
-        else:
-            save(folder / name, *geometry)
+    if points is not None:
+        write_points(folder, image, depth, points)
     text = json.dumps(metadata, indent=2, ensure_ascii=False, default=str)
     (folder / METADATA).write_text(text + "\n", **ESCAPED)
+
+
+def write_points(folder, image, depth, settings: PointSettings):
+    """Write points.ply and points.glb of an image and its depth (H, W), 0 where missing. Warns as `write_result`."""
+    depth, image = reduced(depth, image, settings.max_points)
+    for name, build, save in (("points.ply", point_cloud, save_ply), ("points.glb", mesh, save_glb)):
+        try:
+            geometry = build(depth, image, fov_degrees=settings.fov_degrees, edge_threshold=settings.edge_threshold)
+        except ValueError as error:
+            warnings.warn(f"no {name} is written: {error}", UserWarning, stacklevel=3)
+        else:
+            save(folder / name, *geometry)

@@ -15,6 +15,7 @@ MISSING_GRAY = 80
 PERCENTILES = (2, 98)
 BRIGHTEST_ERROR = 0.25  # relative, in the pictures of errors that demo and evaluation make
 INK = (40, 40, 40)
+BAND = 2**20  # values that are painted at once
 
 
 def colorize_depth(depth, mask=None, cmap="Spectral", near=None, far=None):
@@ -38,14 +39,12 @@ def colorize_depth(depth, mask=None, cmap="Spectral", near=None, far=None):
     if depth.ndim == 3:
         return _colorize_batch(depth, mask, cmap, near, far)
     depth = as_depth_map(depth, mask)
-    valid = depth > 0
-    colors = _colormap(cmap)
-    picture = np.full((*depth.shape, 3), MISSING_GRAY, dtype=np.uint8)
-    low, high = _disparity_range(depth[valid], near, far)
-    if valid.any():
-        nearness = _normalized(1 / depth[valid].astype(np.float64), low, high)
-        picture[valid] = colors(1 - nearness, bytes=True)[:, :3]
-    return picture
+    low, high = _disparity_range(_sample(depth, _is_depth), near, far)
+
+    def farness(depth):
+        return 1 - _normalized(1 / depth.astype(np.float64), low, high)
+
+    return _painted(depth, _is_depth, farness, _colormap(cmap))
 
 
 def colorize_error(error, mask=None, max=None):
@@ -66,18 +65,21 @@ def colorize_error(error, mask=None, max=None):
         raise ValueError(f"error of shape {error.shape}, {error.dtype} is no map; give numbers (..., H, W)")
     if max is not None and not (max > 0 and np.isfinite(max)):
         raise ValueError(f"max={max!r} must be a positive error")
-    valid = np.isfinite(error)
     if mask is not None:
-        valid &= _fitting_mask(mask, error.shape)
-    errors = error[valid].astype(np.float64)
-    picture = np.full((*error.shape, 3), MISSING_GRAY, dtype=np.uint8)
-    if errors.size:
-        if errors.min() < 0:
-            raise ValueError(f"the error goes down to {errors.min():.4g}; give its absolute value")
-        highest = np.percentile(errors, PERCENTILES[1]) if max is None else max
-        shares = np.clip(errors / highest, 0, 1) if highest > 0 else np.sign(errors)
-        picture[valid] = _colormap("inferno")(shares, bytes=True)[:, :3]
-    return picture
+        error = np.where(_fitting_mask(mask, error.shape), error, np.nan)
+    rows = error.reshape(-1, error.shape[-1])
+    lowest = np.min(rows, where=np.isfinite(rows), initial=0)
+    if lowest < 0:
+        raise ValueError(f"the error goes down to {lowest:.4g}; give its absolute value")
+    sample = _sample(rows, np.isfinite)
+    highest = max
+    if max is None:
+        highest = np.percentile(sample.astype(np.float64), PERCENTILES[1]) if sample.size else 0
+
+    def share(error):
+        return np.clip(error.astype(np.float64) / highest, 0, 1) if highest > 0 else np.sign(error)
+
+    return _painted(rows, np.isfinite, share, _colormap("inferno")).reshape(*error.shape, 3)
 
 
 def contact_sheet(rows, row_labels=None, column_labels=None, cell=256, title=None):
@@ -131,6 +133,31 @@ def contact_sheet(rows, row_labels=None, column_labels=None, cell=256, title=Non
                 corner = x + (column_width - picture.width) // 2, y + (row_height - picture.height) // 2
                 sheet.paste(picture, corner)
     return sheet
+
+
+def _is_depth(depth):
+    return depth > 0
+
+
+def _bands(rows):
+    """An array (N, W) in bands of some million values: a picture of many megapixels is painted without large copies."""
+    number = max(1, BAND // rows.shape[1])
+    return (rows[start : start + number] for start in range(0, len(rows), number))
+
+
+def _sample(rows, is_valid):
+    """About a million of the valid values of an array (N, W), evenly spaced; all where there are no more."""
+    step = max(1, rows.size // BAND)
+    return np.concatenate([band[is_valid(band)][::step] for band in _bands(rows)])
+
+
+def _painted(rows, is_valid, share, colors):
+    """The picture (N, W, 3) of an array (N, W): `share` makes of valid values where in `colors` they lie, 0 to 1."""
+    picture = np.full((*rows.shape, 3), MISSING_GRAY, dtype=np.uint8)
+    for band, painted in zip(_bands(rows), _bands(picture)):
+        valid = is_valid(band)
+        painted[valid] = colors(share(band[valid]), bytes=True)[:, :3]
+    return picture
 
 
 def _colorize_batch(depth, mask, cmap, near, far):

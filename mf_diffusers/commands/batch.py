@@ -1,6 +1,7 @@
 """A batch of sources, each of which becomes a result folder; the model is loaded once."""
 
 import hashlib
+import math
 import platform
 import re
 import sys
@@ -23,6 +24,8 @@ from mf_diffusers.commands.machine import device_and_dtype, hush_libraries
 from mf_diffusers.commands.options import FLAGS, Options
 from mf_diffusers.errors import is_debugging, one_line, with_options
 from mf_diffusers.files import temporary_folder
+from mf_diffusers.geometry import FOV_DEGREES, PointSettings
+from mf_diffusers.pictures import fov_from_exif
 from mf_diffusers.results import place_result, write_result
 
 
@@ -136,11 +139,28 @@ class Batch:
                 facts | {"size": {"width": picture.width, "height": picture.height}},
                 mask=None if made.depth_mask is None else made.depth_mask[0],
                 uncertainty=None if made.depth_uncertainty is None else made.depth_uncertainty[0],
-                fov_degrees=options.fov,
                 exr=options.exr,
-                points=options.points,
+                points=self.point_settings(source, is_made=made.depth is not None) if options.points else None,
             )
             return place_result(folder, options.output, name_of(source), options.overwrite, self.written)
+
+    def point_settings(self, source, is_made: bool) -> PointSettings:
+        """Points of depth that was made have the resolution at which it was: in between, it is only interpolated."""
+        pixels = math.prod(self.pipe.working_size) if is_made else math.inf
+        return PointSettings(
+            fov_degrees=self.field_of_view(source)["degrees"],
+            edge_threshold=self.options.edge_threshold or None,
+            max_points=min(self.options.max_points, pixels),
+        )
+
+    def field_of_view(self, source) -> dict[str, Any]:
+        """Of a source along its longer side, and what says so."""
+        if self.options.fov is not None:
+            return {"degrees": self.options.fov, "from": "fov"}
+        degrees = fov_from_exif(source) if isinstance(source, Path) else None
+        if degrees is not None:
+            return {"degrees": round(degrees, 2), "from": "EXIF FocalLengthIn35mmFilm"}
+        return {"degrees": FOV_DEGREES, "from": "default"}
 
     def describe(self, source, prompt: str | None, seed: int) -> dict[str, Any]:
         """All it takes to make a result again."""
@@ -155,6 +175,7 @@ class Batch:
             "options": options
             | {"seed": seed, "steps": self.pipe.num_inference_steps, "guidance_scale": self.pipe.guidance_scale},
             "transformer": type(self.pipe.transformer).__name__,
+            "field_of_view": self.field_of_view(source),
             "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version()}

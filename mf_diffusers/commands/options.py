@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mf_diffusers.geometry import EDGE_THRESHOLD, FOV_DEGREES, MAX_POINTS
+
 
 def choice(*values: str) -> dict[str, Any]:
     """Settings of an option that is one of `values`."""
@@ -45,6 +47,8 @@ FLAGS = {
     "infinite": "--depth-infinite",
     "maximum": "--depth-max",
     "fov_degrees": "--fov",
+    "edge_threshold": "--edge-threshold",
+    "max_points": "--max-points",
     "model": "--model",
     "lora": "--lora",
     "lora_weight": "--lora-weight",
@@ -87,7 +91,19 @@ Seed = Annotated[int, option(min=0, max=2**32, help="Result number i, from 0, ha
 Side = Annotated[int | None, option(min=1, help="To work at, a multiple of 16; default: fits the input.")]
 Output = Annotated[Path, option("--output", "-o", panel="Result", help="Folder for the result folders.")]
 Overwrite = Annotated[bool, option("--overwrite", panel="Result", help="Replace; default: write NAME-002 beside NAME.")]
-Fov = Annotated[float, option(min=1, max=179, panel="Result", help="Degrees that the longer side of the points spans.")]
+Fov = Annotated[
+    float | None,
+    option(
+        min=1,
+        max=179,
+        panel="Result",
+        help=f"Degrees seen along the longer side; default: as EXIF says, else {FOV_DEGREES:g}.",
+    ),
+]
+EdgeThreshold = Annotated[
+    float, option(min=0, panel="Result", help="Points are cut where depth jumps by more than this share; 0: nowhere.")
+]
+MaxPoints = Annotated[int, option(min=1, panel="Result", help="Of the point cloud, and vertices of the mesh, at most.")]
 Exr = Annotated[bool, option("--exr", panel="Result", help="Write depth.exr too.")]
 Points = Annotated[bool, option("--points/--no-points", panel="Result", help="Write points.ply and points.glb.")]
 Device = Annotated[str, option(panel="Machine", help="auto (cuda, else mps, else cpu) or a torch device.")]
@@ -118,7 +134,9 @@ class Options:
     text_encoder: TextEncoder = None
     output: Output = Path("outputs")
     overwrite: Overwrite = False
-    fov: Fov = 55.0
+    fov: Fov = None
+    edge_threshold: EdgeThreshold = EDGE_THRESHOLD
+    max_points: MaxPoints = MAX_POINTS
     exr: Exr = False
     points: Points = True
     device: Device = "auto"

@@ -127,6 +127,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         self._guidance_scale = 1.0
         self._num_inference_steps = 0
         self._num_timesteps = 0
+        self._working_size = None
         self._attention_kwargs = None
         self._current_timestep = None
         self._interrupt = False
@@ -438,6 +439,11 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return self.transformer.config.depth_channels is not None
 
     @property
+    def working_size(self) -> tuple[int, int] | None:
+        """(height, width) at which the last call worked."""
+        return self._working_size
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -617,6 +623,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             )
         input_size = next((given.size for given in (image, depth) if given is not None), None)
         (height, width), output_size = self.prepare_size(height, width, input_size)
+        self._working_size = (height, width)
         rows, columns = height // self.token_size, width // self.token_size
         device = self._execution_device
         check_memory(self, batch_size, (height, width), output_size, device)
