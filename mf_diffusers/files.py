@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, under names that every system takes."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -103,3 +104,12 @@ def legal_name(name: str) -> str:
         name = os.fsencode(name)[:NAME_BYTES].decode(errors="ignore")
     name = name.rstrip(". ")
     return RESERVED.sub(r"\1_\2", name) if RESERVED.match(name) else name or "untitled"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ import OpenEXR
 import pytest
 import torch
 import transformers
+import trimesh
 from conftest import close_depth, make_pipeline, make_tokenizer
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig
@@ -214,8 +215,9 @@ def test_depth_keeps_the_size_of_the_photo_and_notes_all_that_made_it(model, pho
     assert noted["size"] == {"width": 50, "height": 24}
     expected = {"command": "depth", "prompt": "noise", "seed": 0, "device": "cpu", "dtype": "float32"}
     assert noted | expected == noted
-    expected = {"model": str(model), "steps": 2, "ensemble": 3, "guidance_scale": 1.0, "fov": FOV_DEGREES}
+    expected = {"model": str(model), "steps": 2, "ensemble": 3, "guidance_scale": 1.0, "fov": None}
     assert noted["options"] | expected == noted["options"]
+    assert noted["field_of_view"] == {"degrees": FOV_DEGREES, "from": "default"}
     assert noted["transformer"] == "ModalityForcingFlux2Transformer2DModel"
     assert noted["seconds"] > 0
 
@@ -678,3 +680,90 @@ def test_the_from_scratch_family_has_no_published_layout():
     ModalityForcingDiTTransformer2DModel(**TINY_DEPTH).save_pretrained("dit")
     assert "the from-scratch family has no published layout" in refuse("convert", "dit", "dit.safetensors")
     assert json.loads(run("info", "dit", "--json").stdout)["kind"] == "diffusers transformer"
+
+
+# Points
+
+
+@pytest.fixture
+def photo_with_focal_length(photo):
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    exif.get_ifd(0x8769)[0xA405] = 26
+    Image.open(photo).save(photo.with_suffix(".jpg"), exif=exif)
+    return photo.with_suffix(".jpg")
+
+
+@pytest.mark.parametrize("options, source", [((), "EXIF FocalLengthIn35mmFilm"), (("--fov", 50), "fov")])
+def test_points_have_the_field_of_view_of_the_photo(model, photo_with_focal_length, options, source):
+    run("depth", photo_with_focal_length, "-m", model, "--steps", 1, "--edge-threshold", 0, *options)
+    folder = Path("outputs/photo")
+    assert metadata(folder)["field_of_view"]["from"] == source
+    x, _, z = trimesh.load(folder / "points.ply").vertices[0] * [1, 1, -1]
+    # Of the first pixel's centre; 26 mm of 43.27 along the diagonal of 50x24 pixels.
+    tangent = {"fov": np.tan(np.radians(25)), "EXIF FocalLengthIn35mmFilm": 25 / (26 / 43.267 * np.hypot(50, 24))}
+    assert -x / z == pytest.approx(tangent[source] * 24.5 / 25, rel=1e-4)
+
+
+def test_points_of_a_large_photo_have_the_resolution_at_which_depth_was_made(model, tmp_path):
+    Image.linear_gradient("L").resize((1200, 900)).save("large.png")
+    run("depth", "large.png", "-m", model, "--steps", 1, "--edge-threshold", 0, "--height", 48, "--width", 64)
+    folder = Path("outputs/large")
+    assert np.load(folder / "depth.npy").shape == (900, 1200)
+    points = trimesh.load(folder / "points.ply").vertices
+    assert len(points) <= 48 * 64
+    surface = trimesh.load(folder / "points.glb", force="mesh", process=False)
+    assert len(surface.vertices) <= len(points)
+    run("depth", "large.png", "-m", model, "--steps", 1, "--edge-threshold", 0, "--max-points", 300)
+    assert 0 < len(trimesh.load("outputs/large-002/points.ply").vertices) <= 300
+
+
+def test_points_of_given_depth_have_its_own_resolution(model, ramp):
+    run("image", ramp, "-p", "a wall", "-m", model, "--steps", 1, "--edge-threshold", 0)
+    assert len(trimesh.load("outputs/ramp/points.ply").vertices) == np.count_nonzero(np.load(ramp))
+
+
+def test_a_size_that_cannot_fit_is_refused_before_any_work(model, photo):
+    said = refuse("depth", photo, "-m", model, "--height", 1000000)
+    assert "GB of memory are free" in said and "--height" in said
+
+
+# Folders
+
+
+def test_folders_say_what_they_leave_aside(model, tmp_path, capfd):
+    for name in ("a.png", "b.GIF", "c.jp2"):
+        (tmp_path / "holiday").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 24), "gray").save(tmp_path / "holiday" / name)
+    (tmp_path / "holiday" / "notes.txt").write_text("x")
+    (tmp_path / "holiday" / "e.heic").write_text("x")
+    (tmp_path / "holiday" / ".hidden.png").write_text("x")
+    (tmp_path / "holiday" / "more").mkdir()
+    Image.new("RGB", (32, 24), "gray").save(tmp_path / "holiday" / "more" / "d.webp")
+    said = run("depth", tmp_path / "holiday", "-m", model, "--steps", 1, "--no-points", "-o", "flat").stderr
+    assert names("flat") == {"a", "b", "c"}
+    assert f"skipped {tmp_path}/holiday/e.heic, {tmp_path}/holiday/notes.txt: their names end in none of .png" in said
+    assert f"skipped {tmp_path}/holiday/more: folders are looked into with --recursive" in said
+    run("depth", tmp_path / "holiday", "-m", model, "--steps", 1, "--no-points", "-o", "deep", "--recursive")
+    assert names("deep") == {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize("exr", [False, True])
+def test_a_result_folder_gives_its_depth_once(model, ramp, exr):
+    run("image", ramp, "-p", "a wall", "-m", model, "--steps", 1, *(["--exr"] if exr else []))
+    assert "mask.png" in names("outputs/ramp")
+    run("image", "outputs/ramp", "-p", "a wall", "-m", model, "--steps", 1, "-o", "again")
+    assert names("again") == {"ramp"}
+    assert metadata("again/ramp")["input"]["path"].endswith("depth.exr" if exr else "depth.png")
+    assert np.allclose(np.load("again/ramp/depth.npy"), np.load(ramp), rtol=1e-3)
+    run("depth", "outputs/ramp", "-m", model, "--steps", 1, "-o", "depths")
+    assert names("depths") == {"ramp"}
+    assert metadata("depths/ramp")["input"]["path"].endswith("image.png")
+    run("image", "outputs", "again", "-p", "x", "-m", model, "--steps", 1, "-o", "all", "--recursive", "--no-points")
+    assert names("all") == {"ramp", "ramp-002"}
+
+
+def test_a_batch_of_folders_without_a_picture_is_refused(model, tmp_path):
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    for options in ((), ("--recursive",)):
+        assert "no file in this folder ends in .png" in refuse("depth", tmp_path / "empty", "-m", model, *options)

@@ -12,6 +12,7 @@ from mf_diffusers.geometry import (
     intrinsics_from_fov,
     mesh,
     point_cloud,
+    reduced,
     save_glb,
     save_ply,
     unproject,
@@ -109,6 +110,34 @@ def test_depth_edges_against_a_plain_loop():
     assert expected.any() and (mask & ~expected).any()
     assert np.array_equal(depth_edges(depth, mask), expected)
     assert np.array_equal(depth_edges(np.where(mask, depth, np.nan)), expected)
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 7, 100, 1000, 2400, 4799])
+def test_reduced_to_the_pixels_in_the_middle(pixels):
+    rows, columns = np.mgrid[:60, :80].astype(np.float32)
+    depth, image = reduced(1 + 100 * rows + columns, Image.linear_gradient("L").resize((80, 60)), pixels)
+    assert pixels / 3 < depth.size <= pixels and depth.shape == image.size[::-1]
+    row, column = (depth - 1) // 100, (depth - 1) % 100
+    expected = (np.arange(depth.shape[0]) + 0.5) * 60 / depth.shape[0] - 0.5
+    assert np.abs(row[:, 0] - expected).max() <= 0.5 + 1e-6 and np.abs(np.diff(column[0], n=2)).max(initial=0) <= 1
+
+
+def test_reduced_invents_no_depth_and_enlarges_nothing():
+    depth, image = step(60, 80), Image.new("RGB", (80, 60))
+    assert set(np.unique(reduced(depth, image, 500)[0])) == {1, 2}
+    for pixels in (4800, 10**9, float("inf")):
+        assert reduced(depth, image, pixels) == (depth, image)
+
+
+def test_edges_of_enlarged_depth_are_cut_where_it_was_made():
+    """A jump that bilinear enlargement has made a slope is found again."""
+    small = step(24, 32)
+    large = np.asarray(Image.fromarray(small).resize((1600, 1200), Image.Resampling.BILINEAR))
+    assert not depth_edges(large).any()  # no jump between neighbours is 10 % there
+    depth, image = reduced(large, Image.new("RGB", (1600, 1200)), small.size)
+    assert depth.shape == (24, 32)
+    points, _ = point_cloud(depth, image)
+    assert len(points) == 24 * 30 and set(np.unique(points[:, 2])) == {1, 2}
 
 
 def test_point_cloud_drops_missing_and_edges():

@@ -1,6 +1,5 @@
 """A batch of sources, each of which becomes a result folder; the model is loaded once."""
 
-import hashlib
 import math
 import platform
 import re
@@ -22,8 +21,9 @@ import mf_diffusers
 from mf_diffusers.checkpoints import load_pipeline
 from mf_diffusers.commands.machine import device_and_dtype, hush_libraries
 from mf_diffusers.commands.options import FLAGS, Options
+from mf_diffusers.commands.sources import InputFile
 from mf_diffusers.errors import is_debugging, one_line, with_options
-from mf_diffusers.files import temporary_folder
+from mf_diffusers.files import sha256, temporary_folder
 from mf_diffusers.geometry import FOV_DEGREES, PointSettings
 from mf_diffusers.pictures import fov_from_exif
 from mf_diffusers.results import place_result, write_result
@@ -42,12 +42,12 @@ class Batch:
         self.command, self.options, self.own = command, options, own
         self.written = []
 
-    def run(self, sources: list[str] | list[Path], inputs: Callable[[str | Path], dict[str, Any]]) -> None:
+    def run(self, sources: list[str] | list[InputFile], inputs: Callable[[str | Path], dict[str, Any]]) -> None:
         """Make and write the result of every source; what failed is reported when all are through.
 
         Args:
-            sources: prompts, or paths of input files.
-            inputs: makes the pipeline's arguments of a source.
+            sources: prompts, or input files.
+            inputs: makes the pipeline's arguments of a prompt or a path.
         """
         self.check(sources)
         self.load()
@@ -83,11 +83,11 @@ class Batch:
         if failures:
             raise typer.Exit(1)
 
-    def check(self, sources: list[str] | list[Path]) -> None:
+    def check(self, sources: list[str] | list[InputFile]) -> None:
         """Find out what cannot work before the model is loaded."""
         with temporary_folder(self.options.output):
             pass
-        files = [source for source in sources if isinstance(source, Path)]
+        files = [source.path for source in sources if isinstance(source, InputFile)]
         if files and not any(file.is_file() for file in files):
             raise FileNotFoundError(f"{', '.join(map(str, files))}: no such file")
 
@@ -113,7 +113,7 @@ class Batch:
         """What was given, what the pipeline made of it, and what there is to say of it."""
         started = time.perf_counter()
         seed = self.options.seed + number
-        given = inputs(source)
+        given = inputs(source.path if isinstance(source, InputFile) else source)
         made = self.pipe(
             **given,
             height=self.options.height,
@@ -157,7 +157,7 @@ class Batch:
         """Of a source along its longer side, and what says so."""
         if self.options.fov is not None:
             return {"degrees": self.options.fov, "from": "fov"}
-        degrees = fov_from_exif(source) if isinstance(source, Path) else None
+        degrees = fov_from_exif(source.path) if isinstance(source, InputFile) else None
         if degrees is not None:
             return {"degrees": round(degrees, 2), "from": "EXIF FocalLengthIn35mmFilm"}
         return {"degrees": FOV_DEGREES, "from": "default"}
@@ -181,9 +181,8 @@ class Batch:
             "versions": {"python": platform.python_version()}
             | {library.__name__: library.__version__ for library in (mf_diffusers, torch, diffusers, transformers)},
         }
-        if isinstance(source, Path):
-            digest = hashlib.sha256(source.read_bytes()).hexdigest()
-            facts["input"] = {"path": source.resolve(), "sha256": digest}
+        if isinstance(source, InputFile):
+            facts["input"] = {"path": source.path.resolve(), "sha256": sha256(source.path)}
         return facts
 
 
@@ -202,8 +201,8 @@ def progress_bar(quiet: bool) -> Progress:
     )
 
 
-def name_of(source: str | Path) -> str:
+def name_of(source: str | InputFile) -> str:
     """Of the result of a prompt or an input file."""
-    if isinstance(source, Path):
-        return source.stem
+    if isinstance(source, InputFile):
+        return source.name
     return re.sub(r"[\W_]+", "-", source.lower())[:48].strip("-") or "untitled"

@@ -10,6 +10,9 @@ from mf_diffusers.depth_io import DEPTH_SUFFIXES
 from mf_diffusers.pictures import IMAGE_SUFFIXES, read_image
 
 
+Recursive = Annotated[bool, option("--recursive", help="Look into the folders in folders too.")]
+
+
 @shares_options
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to show; each gives a result folder.")],
@@ -39,18 +42,20 @@ def depth(
     options: Options,
     prompt: Annotated[str | None, option("--prompt", "-p", help="What the picture shows; can be left out.")] = None,
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; also gives uncertainty.")] = 1,
+    recursive: Recursive = False,
 ):
     """Make the depth of images.
 
     mf-diffusers depth photo.jpg holiday/ --model MODEL --steps 4 --ensemble 5
     """
     from mf_diffusers.commands.batch import Batch
+    from mf_diffusers.commands.sources import files_among
 
     def inputs(path):
         return {"image": read_image(path), "prompt": prompt, "ensemble_size": ensemble}
 
-    sources = files_among(images, IMAGE_SUFFIXES)
-    Batch("depth", options, {"prompt": prompt, "ensemble": ensemble}).run(sources, inputs)
+    sources = files_among(images, IMAGE_SUFFIXES, lambda result: result / "image.png", recursive)
+    Batch("depth", options, {"prompt": prompt, "ensemble": ensemble, "recursive": recursive}).run(sources, inputs)
 
 
 @shares_options
@@ -64,29 +69,23 @@ def image(
     log2_alpha: Annotated[
         float | None, option(min=-30, max=30, help="From -5, a loose hold of depth, to -14, tight; default: rigid.")
     ] = None,
+    recursive: Recursive = False,
 ):
     """Make images of depth maps: larger is farther (unless --inverse), 0 is missing, inf infinitely far.
 
     mf-diffusers image outputs/photo/depth.png --prompt "the same street in snow" --model MODEL
     """
     from mf_diffusers.commands.batch import Batch
+    from mf_diffusers.commands.sources import files_among
 
     def inputs(path):
         return {"depth": depth_files.read(path), "prompt": prompt, "log2_alpha": log2_alpha}
 
-    own = {"prompt": prompt, "log2_alpha": log2_alpha} | depth_files.facts()
-    Batch("image", options, own).run(files_among(depths, DEPTH_SUFFIXES), inputs)
+    own = {"prompt": prompt, "log2_alpha": log2_alpha, "recursive": recursive} | depth_files.facts()
+    sources = files_among(depths, DEPTH_SUFFIXES, depth_of_result, recursive)
+    Batch("image", options, own).run(sources, inputs)
 
 
-def files_among(paths: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files among `paths` and, of the folders among them, the files that end in one of `suffixes`, sorted."""
-    files = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
-        if not found:
-            raise FileNotFoundError(f"{path}: no file in this folder ends in {', '.join(suffixes)}")
-        files += found
-    return files
+def depth_of_result(result: Path) -> Path:
+    """The exact one of the files that hold the valid depth of a result folder alone."""
+    return result / "depth.exr" if (result / "depth.exr").is_file() else result / "depth.png"

@@ -29,7 +29,7 @@ import OpenEXR
 from PIL import Image
 
 from mf_diffusers.datasets import DATASETS, Frame
-from mf_diffusers.files import ESCAPED, atomic_write
+from mf_diffusers.files import ESCAPED, atomic_write, sha256
 from mf_diffusers.visualization import colorize_depth, contact_sheet
 
 
@@ -265,14 +265,6 @@ def verify(path, checksums):
             picture, depth, _ = read_frame(tar, key)
             if zlib.crc32(np.ascontiguousarray(depth)) != checksum or picture.size != depth.shape[::-1]:
                 raise ValueError(f"{path}: frame {key} was not read back as written; is the disk full or failing?")
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def summarize(settings, dataset, records):
