@@ -39,7 +39,7 @@ from mf_diffusers.datasets.folder import (
 )
 from mf_diffusers.depth_io import DEPTH_SUFFIXES
 from mf_diffusers.modality_forcing.image_processor import image_to_tensor
-from mf_diffusers.pictures import read_oriented, upright_size
+from mf_diffusers.pictures import read_oriented, turned_along, upright_size
 
 
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -372,7 +372,7 @@ class WebDatasetSource(Source):
                 file.write(raw[f"depth{suffix}"])
                 file.flush()
                 depth = DepthFormat.from_metadata(entry).read(file.name)
-            depth = fit_depth(depth, (picture.height, picture.width), key, orientation)
+            depth = fit_depth(turned_along(depth, picture, orientation), (picture.height, picture.width), key)
         return make_sample(picture, depth, self._draw_caption(captions, index), key)
 
 

@@ -132,7 +132,7 @@ def write_depth(path, depth):
         raise ValueError(
             f"{path}: depth cannot be written with the suffix {suffix!r}; use {', '.join(DEPTH_WRITE_SUFFIXES)}"
         )
-    depth = as_depth_map(depth)
+    depth = view_as_depth_map(depth)
     with atomic_write(path) as temporary:
         if suffix == ".npy":
             with temporary.open("wb") as file:  # given a name, np.save would add ".npy" to one that ends in ".NPY"
@@ -158,7 +158,7 @@ def as_depth_map(depth, mask=None, invalid=None, infinite=None, maximum=None):
     """
     values, masked = _one_map(depth)
     with np.errstate(over="ignore", invalid="ignore"):
-        depth = values.astype(np.float32)
+        depth = values.astype(np.float32, copy=False)
         valid = np.isfinite(depth) & (depth > 0) & ~masked
     if maximum is not None:
         valid &= depth <= maximum
@@ -171,6 +171,14 @@ def as_depth_map(depth, mask=None, invalid=None, infinite=None, maximum=None):
         valid &= mask.astype(bool)
         known_infinite &= mask.astype(bool)
     return np.where(known_infinite, np.float32(np.inf), np.where(valid, depth, np.float32(0)))
+
+
+def view_as_depth_map(depth, mask=None):
+    """As `as_depth_map`, but an array that is such a map already is returned itself, and not to be written to."""
+    is_map = isinstance(depth, np.ndarray) and not isinstance(depth, np.ma.MaskedArray) and depth.dtype == np.float32
+    if mask is None and is_map and depth.ndim == 2 and depth.size and depth.min() >= 0 and depth.max() < np.inf:
+        return depth
+    return as_depth_map(depth, mask)
 
 
 def _one_map(depth):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mf_diffusers.depth_io import as_depth_map
+from mf_diffusers.depth_io import view_as_depth_map
 from mf_diffusers.files import atomic_write
 from mf_diffusers.pictures import as_rgb
 
@@ -74,7 +74,7 @@ def unproject(depth, intrinsics):
 
     Raises ValueError when `depth` is no depth map or `intrinsics` no camera matrix.
     """
-    depth = as_depth_map(depth)
+    depth = view_as_depth_map(depth)
     intrinsics = np.asarray(intrinsics, dtype=np.float64)
     if intrinsics.shape != (3, 3) or not np.isfinite(intrinsics).all():
         raise ValueError(f"intrinsics {intrinsics.tolist()} must be 3x3 finite numbers")
@@ -102,7 +102,7 @@ def depth_edges(depth, mask=None, threshold=EDGE_THRESHOLD):
 
     Raises ValueError when `depth`, `mask` or `threshold` is not such a thing.
     """
-    depth = as_depth_map(depth, mask)
+    depth = view_as_depth_map(depth, mask)
     _check_threshold(threshold)
     valid = depth > 0
     nearest = -_max_3x3(np.where(valid, -depth, -np.inf))
@@ -148,7 +148,7 @@ def point_cloud(depth, image=None, mask=None, fov_degrees=FOV_DEGREES, intrinsic
 
     Raises ValueError for bad input, and when no pixel is left.
     """
-    depth = as_depth_map(depth, mask)
+    depth = view_as_depth_map(depth, mask)
     points, colors = _pixels_in_space(depth, image, fov_degrees, intrinsics)
     kept = depth > 0
     if edge_threshold is not None:
@@ -172,7 +172,7 @@ def mesh(depth, image=None, mask=None, fov_degrees=FOV_DEGREES, intrinsics=None,
 
     Raises ValueError for bad input, and when no triangle is left.
     """
-    depth = as_depth_map(depth, mask)
+    depth = view_as_depth_map(depth, mask)
     points, colors = _pixels_in_space(depth, image, fov_degrees, intrinsics)
     index = np.arange(depth.size, dtype=np.int32).reshape(depth.shape)
     top_left, top_right, bottom_left, bottom_right = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]

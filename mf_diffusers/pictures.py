@@ -34,6 +34,7 @@ TURNS = {
 
 LYING = (5, 6, 7, 8)  # EXIF orientations in which height and width change places
 FULL_FRAME = math.hypot(36, 24)  # mm, the diagonal to which focal lengths "in 35mm film" are converted
+ASPECT_TOLERANCE = 0.02  # by which the aspect ratios of a picture and its depth may differ
 SRGB_TOLERANCE = 2  # of 255, by which profiles of sRGB differ among one another
 SEQUENCES = ("GIF", "PNG", "TIFF", "WEBP", "AVIF")  # formats whose further pictures are not views of the first
 
@@ -95,6 +96,31 @@ def turned_upright(array: np.ndarray, orientation: int) -> np.ndarray:
         array = array.swapaxes(0, 1)
     down, across = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(orientation - 1) % 4]
     return array[::down, ::across]
+
+
+def turned_along(depth: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
+    """Depth (h, w) of an upright image that has, or had, this EXIF orientation in its file: upright too.
+
+    Depth that has the aspect ratio of the image as it lies in the file is taken to lie the same way, and is turned.
+    Other depth stays as it is. Warns with InputWarning where the aspect ratio cannot tell.
+    """
+    size = image.height, image.width
+    if orientation == 1 or not is_like(depth.shape, size[::-1] if orientation in LYING else size):
+        return depth
+    if is_like(depth.shape, size):
+        warnings.warn(
+            f"depth of pictures with the EXIF orientation {orientation} is taken to lie as they do in their files, and "
+            "turned along; where it is upright already, save the pictures upright",
+            InputWarning,
+            stacklevel=2,
+        )
+    return turned_upright(depth, orientation)
+
+
+def is_like(shape: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether (rows, columns) have the aspect ratio of (height, width)."""
+    (rows, columns), (height, width) = shape, size
+    return abs(rows * width / (columns * height) - 1) <= ASPECT_TOLERANCE
 
 
 def upright_size(path: str | PathLike) -> tuple[int, int]:

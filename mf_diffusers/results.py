@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mf_diffusers.depth_io import as_depth_map, write_depth
+from mf_diffusers.depth_io import view_as_depth_map, write_depth
 from mf_diffusers.files import ESCAPED, legal_name, place_folder
 from mf_diffusers.geometry import PointSettings, mesh, point_cloud, reduced, save_glb, save_ply
 from mf_diffusers.visualization import colorize_depth, colorize_error
@@ -66,7 +66,7 @@ def write_result(
     """
     image.save(folder / "image.png")
     np.save(folder / "depth.npy", depth.astype(np.float32, copy=False))
-    depth = as_depth_map(depth, mask)
+    depth = view_as_depth_map(depth, mask)
     write_depth(folder / "depth.png", depth)
     if exr:
         write_depth(folder / "depth.exr", depth)

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mf_diffusers.depth_io import as_depth_map
+from mf_diffusers.depth_io import view_as_depth_map
 from mf_diffusers.pictures import as_rgb
 
 
@@ -38,7 +38,7 @@ def colorize_depth(depth, mask=None, cmap="Spectral", near=None, far=None):
     depth = np.asarray(depth)
     if depth.ndim == 3:
         return _colorize_batch(depth, mask, cmap, near, far)
-    depth = as_depth_map(depth, mask)
+    depth = view_as_depth_map(depth, mask)
     low, high = _disparity_range(_sample(depth, _is_depth), near, far)
 
     def farness(depth):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mf_diffusers.commands.options import DepthFiles, Options, Strength, option, shares_options
-from mf_diffusers.pictures import read_image
+from mf_diffusers.pictures import read_image, read_oriented, turned_along
 
 
 @shares_options
@@ -28,6 +28,7 @@ def inpaint(
     mf-diffusers inpaint room.png --mask sofa.png --prompt "a green armchair" --model MODEL
     """
     from mf_diffusers.commands.batch import Batch
+    from mf_diffusers.commands.sources import InputFile
 
     if mask is None and strength is None:
         raise ValueError("what is to change? Give a `mask_image`, a `strength`, or both.")
@@ -41,7 +42,8 @@ def inpaint(
         return given
 
     own = {"prompt": prompt, "mask": mask, "depth": depth, "strength": strength, "log2_alpha": log2_alpha}
-    Batch("inpaint", options, own | depth_files.facts()).run([picture], inputs)
+    own |= depth_files.facts()
+    Batch("inpaint", options, own).run([InputFile(picture, picture.stem)], inputs)
 
 
 @shares_options
@@ -58,10 +60,12 @@ def complete(
     mf-diffusers complete street.png lidar.png --model MODEL
     """
     from mf_diffusers.commands.batch import Batch
+    from mf_diffusers.commands.sources import InputFile
 
     def inputs(path):
-        known = depth_files.read(sparse)
-        return {"image": read_image(path), "depth": known, "prompt": prompt, "ensemble_size": ensemble}
+        image, orientation = read_oriented(path)
+        known = turned_along(depth_files.read(sparse), image, orientation)
+        return {"image": image, "depth": known, "prompt": prompt, "ensemble_size": ensemble}
 
     own = {"depth": sparse, "prompt": prompt, "ensemble": ensemble} | depth_files.facts()
-    Batch("complete", options, own).run([picture], inputs)
+    Batch("complete", options, own).run([InputFile(picture, picture.stem)], inputs)

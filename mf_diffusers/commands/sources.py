@@ -37,22 +37,25 @@ def files_among(
 
     Raises FileNotFoundError for a folder without such a file.
     """
-    files = []
+    files, skipped = [], []
     for path in paths:
         if not path.is_dir():
             files.append(InputFile(path, path.stem))
             continue
-        found = list(files_in(path, suffixes, of_result, is_recursive))
+        found = list(files_in(path, suffixes, of_result, is_recursive, skipped))
         if not found:
-            raise FileNotFoundError(f"{path}: no file in this folder ends in {', '.join(suffixes)}")
+            folders = "" if is_recursive else "; folders in it are looked into with --recursive"
+            raise FileNotFoundError(f"{path}: no file in this folder ends in {', '.join(suffixes)}{folders}")
         files += found
+    for line in skipped:
+        typer.echo(line, err=True)
     return files
 
 
 def files_in(
-    folder: Path, suffixes: tuple[str, ...], of_result: Callable[[Path], Path], is_recursive: bool
+    folder: Path, suffixes: tuple[str, ...], of_result: Callable[[Path], Path], is_recursive: bool, skipped: list[str]
 ) -> Iterator[InputFile]:
-    """See `files_among`."""
+    """The files in a folder, see `files_among`; what is left aside is noted in `skipped`."""
     if (folder / METADATA).is_file() and (folder / "depth.npy").is_file():
         file = of_result(folder)
         yield InputFile(file, folder.resolve().name)
@@ -61,16 +64,15 @@ def files_in(
     folders = [path for path in inside if path.is_dir()]
     others = [path for path in inside if path not in folders and path.suffix.lower() not in suffixes]
     yield from (InputFile(path, path.stem) for path in inside if path not in folders + others)
-    say_skipped(others, f"their names end in none of {', '.join(suffixes)}")
+    if others:
+        skipped.append(f"skipped {listed(others)}: their names end in none of {', '.join(suffixes)}")
     if is_recursive:
         for path in folders:
             if not path.is_symlink():
-                yield from files_in(path, suffixes, of_result, is_recursive)
-    else:
-        say_skipped(folders, "folders are looked into with --recursive")
+                yield from files_in(path, suffixes, of_result, is_recursive, skipped)
+    elif folders:
+        skipped.append(f"skipped {listed(folders)}: folders are looked into with --recursive")
 
 
-def say_skipped(paths: list[Path], reason: str) -> None:
-    if paths:
-        names = ", ".join(map(str, paths[:SHOWN])) + (f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else "")
-        typer.echo(f"skipped {names}: {reason}", err=True)
+def listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:SHOWN])) + (f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else "")

@@ -28,8 +28,7 @@ import numpy as np
 from PIL import Image
 
 from mf_diffusers.depth_io import as_depth_map, read_depth
-from mf_diffusers.input_warning import InputWarning
-from mf_diffusers.pictures import LYING, read_oriented, turned_upright
+from mf_diffusers.pictures import is_like, read_oriented, turned_along
 
 from .frame import Frame
 
@@ -40,7 +39,6 @@ DEPTH_ENCODINGS = {"linear": None, "inverse": None, "millimetres": 1 / 1000, "ki
 
 DEPTH_KEYS = {"depth_scale", "depth_invalid", "depth_infinite", "depth_encoding", "depth_max"}
 METADATA_KEYS = {"file_name", "depth_file_name", "text"} | DEPTH_KEYS
-ASPECT_TOLERANCE = 0.02  # by which the aspect ratios of an image and its depth may differ
 
 
 @dataclass(frozen=True)
@@ -145,28 +143,12 @@ def read_rows(folder) -> list[Row]:
     return rows
 
 
-def fit_depth(depth, size, name, orientation=1) -> np.ndarray:
-    """The depth (h, w) of a picture, upright and at the size of the picture, by nearest neighbour.
+def fit_depth(depth, size, name) -> np.ndarray:
+    """The depth (h, w) of a picture of `size` (H, W) at this size, by nearest neighbour.
 
-    Args:
-        size: (H, W) of the upright picture.
-        name: to call it by in the error.
-        orientation: EXIF orientation that the picture has in its file, 1 to 8. Depth of the aspect ratio that the
-            picture has there lies as the sensor did, and is turned along; else it is upright already.
-
-    Raises ValueError if neither aspect ratio is that of the depth: then the depth is not that of the picture.
+    Raises ValueError, which names it, if the aspect ratios differ: then the depth is not that of the picture.
     """
-    stored = size[::-1] if orientation in LYING else size
-    if orientation != 1 and _is_like(depth.shape, stored):
-        depth = turned_upright(depth, orientation)
-        if _is_like(stored, size):
-            warnings.warn(
-                f"depth of pictures with the EXIF orientation {orientation} is taken to lie as they do in their files, "
-                "and turned along; where it is upright already, save the pictures upright",
-                InputWarning,
-                stacklevel=2,
-            )
-    elif not _is_like(depth.shape, size):
+    if not is_like(depth.shape, size):
         (rows, columns), (height, width) = depth.shape, size
         raise ValueError(f"{name}: depth of {columns}x{rows} does not belong to a picture of {width}x{height}")
     down, across = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(depth.shape, size))
@@ -174,15 +156,15 @@ def fit_depth(depth, size, name, orientation=1) -> np.ndarray:
 
 
 def read_pair(folder, row: Row, name) -> tuple[Image.Image, np.ndarray | None]:
-    """The upright picture of a row and its depth (H, W) as `fit_depth` gives it, None where it has none.
+    """The upright picture of a row and its depth at the same size (H, W), None where it has none.
 
     Raises ValueError and FileNotFoundError when one of them cannot be read or they do not belong together.
     """
     image, orientation = read_oriented(Path(folder) / row.image)
     if not row.depth:
         return image, None
-    depth = row.depth_format.read(Path(folder) / row.depth)
-    return image, fit_depth(depth, (image.height, image.width), name, orientation)
+    depth = turned_along(row.depth_format.read(Path(folder) / row.depth), image, orientation)
+    return image, fit_depth(depth, (image.height, image.width), name)
 
 
 class Folder:
@@ -209,12 +191,6 @@ class Folder:
         if depth is None:
             depth = np.zeros((image.height, image.width), dtype=np.float32)
         return Frame(name, np.asarray(image), depth, caption=row.captions[0].text if row.captions else "")
-
-
-def _is_like(shape, size):
-    """Whether (rows, columns) have the aspect ratio of (height, width)."""
-    (rows, columns), (height, width) = shape, size
-    return abs(rows * width / (columns * height) - 1) <= ASPECT_TOLERANCE
 
 
 def _parsed(entry) -> Row:

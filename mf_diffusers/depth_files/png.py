@@ -45,11 +45,13 @@ def log_depth(levels, near, far, unit=1.0):
 def write(path, depth):
     """Write a depth map, 0 where it is missing, as levels up to 65535, the size of one in the chunk "depth_scale"."""
     scale = float(depth.max()) / LEVELS or 1.0
-    # At least level 1: a valid pixel must not round to 0, which means missing.
-    levels = np.where(depth > 0, np.clip(np.round(depth / scale), 1, LEVELS), 0)
+    levels = np.empty(depth.shape, dtype=np.uint16)
+    for row, stored in zip(depth, levels):  # row by row: of a large map no copies in floats are made
+        # At least level 1: a valid pixel must not round to 0, which means missing.
+        stored[:] = np.where(row > 0, np.clip(np.round(row / scale), 1, LEVELS), 0)
     notes = PngInfo()
     notes.add_text(SCALE_KEY, repr(scale))
-    Image.fromarray(levels.astype(np.uint16)).save(path, format="PNG", pnginfo=notes)
+    Image.fromarray(levels).save(path, format="PNG", pnginfo=notes)
 
 
 def _channels(path, image):

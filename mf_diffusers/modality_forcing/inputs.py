@@ -54,7 +54,7 @@ class GivenImage:
 class GivenDepth:
     """
     Args:
-        depth (`torch.Tensor` of shape (B, 1, H, W)): in any positive unit, NaN where missing.
+        depth (`torch.Tensor` of shape (B, 1, H, W)): in any positive unit; what it holds elsewhere means nothing.
         valid (`torch.Tensor` of shape (B, 1, H, W)): bool, where depth is known.
         is_start: Whether the depth is only what sampling starts from (`depth_strength`).
     """
@@ -106,7 +106,7 @@ def read_depth(
             f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. Give "
             "a depth map with values, or leave `depth` out."
         )
-    return GivenDepth(torch.where(valid, depth, torch.nan), valid, is_start=depth_strength is not None)
+    return GivenDepth(depth, valid, is_start=depth_strength is not None)
 
 
 def mask_to_tensor(mask) -> torch.Tensor:

@@ -35,7 +35,7 @@ from .loaders import ModalityForcingLoaderMixin
 from .model_files import check_loaded
 from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
-from .resampling import to_unit_range
+from .resampling import resample, to_unit_range
 from .stream import Stream
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
@@ -243,7 +243,9 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         self, depth: GivenDepth, batch_size: int, height: int, width: int, device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Given depth as clean tokens (batch_size, N, p*p), their validity of the same shape, and the scale (B,)."""
-        contracted, valid, scale = self.depth_processor.encode(depth.depth.to(device), None, height, width)
+        contracted, valid, scale = self.depth_processor.encode(
+            depth.depth.to(device), depth.valid.to(device), height, width
+        )
         repeats = batch_size // len(contracted)
         tokens = (self.depth_processor.patchify(maps).repeat_interleave(repeats, dim=0) for maps in (contracted, valid))
         return *tokens, scale.repeat_interleave(repeats, dim=0)
@@ -426,13 +428,19 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         resized, mask = self.depth_processor.resize(depth, mask, output_size)
         if given is None:
             return resized, mask, uncertainty
-        known = given.depth.to(depth).repeat_interleave(len(depth) // len(given.depth), dim=0)
+        known, is_known = given.depth.to(depth), given.valid.to(depth.device)
+        if len(known) < len(depth):
+            known, is_known = (maps.repeat_interleave(len(depth) // len(maps), dim=0) for maps in (known, is_known))
         if given.is_start:
-            return resized * self.depth_processor.scale(known).view(-1, 1, 1, 1), mask, uncertainty
-        is_known = known.isfinite()
-        correction = log_correction(depth, *shrink(torch.where(is_known, known, 0.0), is_known, (height, width)))
-        correction = F.interpolate(correction, output_size, mode="bilinear", align_corners=False)
-        return torch.where(is_known, known, resized * correction.exp()), mask | is_known, uncertainty
+            return resized * self.depth_processor.scale(known, is_known).view(-1, 1, 1, 1), mask, uncertainty
+        is_known = is_known & known.isfinite()
+        correction = log_correction(depth, *shrink(known, is_known, (height, width)))
+
+        def with_known(band, columns):
+            made = resized[..., columns] * band.exp()
+            return torch.where(is_known[..., columns], known[..., columns], made)
+
+        return resample(correction, output_size, "bilinear", with_known), mask | is_known, uncertainty
 
     @property
     def has_depth(self) -> bool:
