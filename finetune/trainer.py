@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -137,7 +138,7 @@ class Trainer:
         self.device = self.accelerator.device
         if self.accelerator.is_main_process:
             choose_dtype(self.device, DTYPES[config.mixed_precision])  # warns where it is emulated
-            print(f"computes in {config.mixed_precision} on {self.device.type}")
+            print(f"computes in {config.mixed_precision} on {self.device.type}", file=sys.stderr)
         self.is_sharded = sharding.is_sharding_asked()
         if config.attention:
             for module in model.modules():

@@ -190,7 +190,7 @@ def from_scan(make, folder, seed, scenes):
     depth, mask = made.depth[0], made.depth_mask[0]
     errors = {name: depth_metrics(depth, scene.depth)[name] for name in ERRORS}
     facts = {"result": "completed", "scene": scene.caption, "seed": seed} | errors
-    write(folder, facts, scene.image, depth, mask=mask, points=False)
+    write(folder, facts, scene.image, depth, mask=mask)
     near, far = np.percentile(scene.depth[scene.depth > 0], PERCENTILES)
     maps = (scan, scan > 0), (depth, mask), (scene.depth, scene.depth > 0)
     row = [scene.image, *(Image.fromarray(colorize_depth(*d, near=near, far=far)) for d in maps)]

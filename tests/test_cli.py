@@ -643,7 +643,7 @@ def test_an_adapter_of_training(model, photo):
     adapter = ["--adapter", "pipeline.adapter.safetensors"]
     depths = []
     for name, options in {"trained": [], "klein": adapter, "untrained": adapter}.items():
-        run("depth", photo, "-m", name, "--steps", 1, "-o", f"of-{name}", *options)
+        run("depth", photo, "-m", name, "--steps", 1, "--dtype", "float32", "-o", f"of-{name}", *options)
         depths.append(np.load(f"of-{name}/photo/depth.npy"))
     for depth in depths[1:]:
         np.testing.assert_allclose(depth, depths[0], rtol=1e-3)
