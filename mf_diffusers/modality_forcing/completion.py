@@ -7,7 +7,7 @@ from scipy.spatial import cKDTree
 from mf_diffusers.alignment import align_scale
 
 
-NEIGHBOURS = 8
+NEIGHBOURS = 16
 REACH = 0.5  # in mean distances between known pixels
 LOG_DEPTH_REACH = 0.4
 PRIOR = 0.1  # weight of the depth as it was made, against 1 for a known pixel at the same place
@@ -47,5 +47,8 @@ def _of_map(depth: np.ndarray, known: np.ndarray, valid: np.ndarray) -> np.ndarr
     reach = np.maximum(REACH * np.sqrt(depth.size / len(places)), distance[:, :1])
     apart = log_depth.reshape(-1, 1) - log_depth[valid][neighbour]
     weight = np.exp(-((distance / reach) ** 2 + (apart / LOG_DEPTH_REACH) ** 2) / 2)
+    if len(places) > NEIGHBOURS:
+        # The last neighbour counts nothing, so that no edge shows where another takes its place.
+        weight *= (1 - (distance / distance[:, -1:]) ** 2) ** 2
     spread = (weight * left[neighbour]).sum(1) / (weight.sum(1) + PRIOR)
     return (log_scale + spread.reshape(depth.shape)).astype(np.float32)
