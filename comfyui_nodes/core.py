@@ -13,8 +13,9 @@ NEWEST_TESTED = "0.33"
 
 # By what is lost without them: names in the core, and those of their parameters whose names count: that the pack gives
 # by keyword, or takes in the core's stead.
+WHOLE_PACK = "the whole pack"
 LEANS_ON = {
-    "the whole pack": {
+    WHOLE_PACK: {
         # A place among the models that the loaders know
         "comfy.supported_models.models": (),
         "comfy.supported_models.Flux2": ("unet_config",),
@@ -60,7 +61,8 @@ LEANS_ON = {
             *("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback", "disable_pbar", "seed"),
             "latent_shapes",
         ),
-        "comfy.samplers.CFGGuider.__call__": ("model_options", "seed"),
+        "comfy.samplers.CFGGuider.__call__": (),
+        "comfy.samplers.CFGGuider.outer_predict_noise": ("model_options", "seed"),
         "comfy.samplers.KSAMPLER.sample": (
             *("model_wrap", "sigmas", "extra_args", "callback", "noise"),
             *("latent_image", "denoise_mask", "disable_pbar"),
@@ -114,8 +116,9 @@ def missing(names: dict[str, tuple]) -> Iterator[str]:
             yield name
             continue
         if parameters:
-            signature = inspect.signature(thing)
-            yield from (f"{name}({x})" for x in parameters if x not in signature.parameters)
+            taken = inspect.signature(thing).parameters
+            takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+            yield from (f"{name}({x})" for x in parameters if x not in taken and not takes_any)
 
 
 def state_of_the_core(version: str) -> tuple[bool, list[str]]:
@@ -124,16 +127,17 @@ def state_of_the_core(version: str) -> tuple[bool, list[str]]:
         version: of the ComfyUI that runs.
 
     Returns:
-        Whether the pack can run, and a line for each thing that this ComfyUI is too old or too new for.
+        Whether the pack can be imported, and a line for each thing that this ComfyUI is too old or too new for.
     """
     release = tuple(int(part) for part in version.split(".")[:2])
     if release < tuple(int(part) for part in OLDEST.split(".")):
         return False, [f"Modality Forcing needs ComfyUI {OLDEST} or newer, and this is {version}: update ComfyUI."]
     lost = {what: list(missing(names)) for what, names in LEANS_ON.items()}
     lines = [
-        f"ComfyUI {version} has changed what Modality Forcing leans on, so that {what} does not work "
+        f"ComfyUI {version} has changed what Modality Forcing leans on, so that {what} may not work "
         f"({', '.join(names)}; tested with ComfyUI {OLDEST} to {NEWEST_TESTED}): update the pack."
         for what, names in lost.items()
         if names
     ]
-    return not lost["the whole pack"], lines
+    # Where a parameter alone is another, most graphs may run yet.
+    return LEANS_ON[WHOLE_PACK].keys().isdisjoint(lost[WHOLE_PACK]), lines

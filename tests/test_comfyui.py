@@ -1,5 +1,6 @@
 """The node pack in a ComfyUI server: graphs through POST /prompt to files on disk."""
 
+import itertools
 import os
 import re
 import urllib.request
@@ -82,8 +83,11 @@ def make_inputs(folder):
 class TinyGraph(Graph):
     """A graph around the tiny pipeline."""
 
+    COUNT = itertools.count()
+
     def __init__(self):
         super().__init__()
+        self.name = next(self.COUNT)  # in names of files: what ComfyUI has cached is not written anew
         self.loader = self.add("ModalityForcingLoadPipeline", pipeline="tiny")
         self.model, self.clip, self.vae = self.loader[0], self.loader[1], self.loader[2]
 
@@ -143,11 +147,11 @@ class TinyGraph(Graph):
         return node[0], node[1], node[2]
 
     def save_image(self, images):
-        return self.add("SaveImage", images=images, filename_prefix="image").name
+        return self.add("SaveImage", images=images, filename_prefix=f"{self.name}-image").name
 
     def save_depth(self, depth):
         format = {"format": "exr", "format.bit_depth": "32-bit float", "format.input_color_space": "linear"}
-        return self.add("SaveImageAdvanced", images=depth, filename_prefix="depth", **format).name
+        return self.add("SaveImageAdvanced", images=depth, filename_prefix=f"{self.name}-depth", **format).name
 
     def load_image(self, name="photo.png"):
         return self.add("LoadImage", image=name)[0]
@@ -183,8 +187,8 @@ def test_text_to_image_depth_and_points(server):
         "depth": graph.save_depth(depth),
         "picture": graph.save_image(picture),
         "normals": graph.save_image(normals),
-        "points": graph.add("SaveGLB", mesh=points[0], filename_prefix="points").name,
-        "mesh": graph.add("SaveGLB", mesh=mesh, filename_prefix="mesh").name,
+        "points": graph.add("SaveGLB", mesh=points[0], filename_prefix=f"{graph.name}-points").name,
+        "mesh": graph.add("SaveGLB", mesh=mesh, filename_prefix=f"{graph.name}-mesh").name,
     }
     files = server.run(graph.nodes)
     for name in ("image", "picture", "normals"):
@@ -563,19 +567,38 @@ def test_the_pack_imports_without_a_word(server):
         assert word not in log
 
 
-def test_an_older_core_gets_one_line(tmp_path):
+OTHER_CORES = {
+    "older": (
+        {"comfyui_version.py": lambda source: '__version__ = "0.26.3"\n'},
+        "Modality Forcing needs ComfyUI 0.27 or newer, and this is 0.26.3: update ComfyUI.",
+    ),
+    "newer": (
+        {
+            "comfyui_version.py": lambda source: '__version__ = "0.99.0"\n',
+            "latent_preview.py": lambda source: source.replace("Latent2RGBPreviewer", "LinearPreviewer"),
+        },
+        "ComfyUI 0.99.0 has changed what Modality Forcing leans on, so that the whole pack may not work "
+        "(latent_preview.Latent2RGBPreviewer; tested with ComfyUI 0.27 to 0.33): update the pack.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "line"), OTHER_CORES.values(), ids=OTHER_CORES)
+def test_another_core_gets_one_line(tmp_path, files, line):
     """And no node, and no traceback."""
     (tmp_path / "core").mkdir()
+    files = {"main.py": lambda source: source} | files  # Python looks for modules beside the file itself, not the link
     for name in os.listdir(COMFYUI):
-        (tmp_path / "core" / name).symlink_to(Path(COMFYUI, name))
-    (tmp_path / "core" / "comfyui_version.py").unlink()
-    (tmp_path / "core" / "comfyui_version.py").write_text('__version__ = "0.26.3"\n')
+        if name in files:
+            (tmp_path / "core" / name).write_text(files[name](Path(COMFYUI, name).read_text()))
+        else:
+            (tmp_path / "core" / name).symlink_to(Path(COMFYUI, name))
     server = Server(tmp_path / "core", tmp_path / "base")
     try:
         server.wait()
         assert not any(name.startswith("ModalityForcing") for name in server.get("/object_info"))
         log = server.log.read_text()
-        assert log.count("Modality Forcing needs ComfyUI 0.27 or newer, and this is 0.26.3: update ComfyUI.") == 1
+        assert log.count("Modality Forcing") == log.count(line) == 1
         assert "IMPORT FAILED" not in log and "Traceback" not in log
     finally:
         server.stop()

@@ -13,7 +13,7 @@ import torch
 import trimesh
 
 from comfyui_nodes import core
-from comfyui_nodes.core import OLDEST, missing, state_of_the_core
+from comfyui_nodes.core import OLDEST, WHOLE_PACK, missing, state_of_the_core
 from comfyui_nodes.depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
 from comfyui_nodes.streams import DEPTH_STRENGTHS, Streams, held_at
 from mf_diffusers.modality_forcing.depth_processor import contract
@@ -229,6 +229,7 @@ def test_what_the_core_has_lost_is_named():
     names = {"json.dumps": ("obj", "indent"), "json.melt": (), "absent.module": (), "fractions.Fraction.limit": ()}
     assert list(missing(names)) == ["json.melt", "absent.module", "fractions.Fraction.limit"]
     assert list(missing({"pathlib.Path.read_text": ("encoding", "colour")})) == ["pathlib.Path.read_text(colour)"]
+    assert list(missing({"json.dumps": ("colour",)})) == []  # it takes any keyword
 
 
 def test_a_core_that_does_not_serve_is_named_in_one_line(monkeypatch):
@@ -237,12 +238,15 @@ def test_a_core_that_does_not_serve_is_named_in_one_line(monkeypatch):
         ["Modality Forcing needs ComfyUI 0.27 or newer, and this is 0.26.9: update ComfyUI."],
     )
     fine = {"json.dumps": ("obj",)}
-    monkeypatch.setattr(core, "LEANS_ON", {"the whole pack": fine, "'Load It'": fine})
+    monkeypatch.setattr(core, "LEANS_ON", {WHOLE_PACK: fine, "'Load It'": fine})
     assert state_of_the_core("0.27.0") == state_of_the_core("1.2.3-dev") == (True, [])
-    monkeypatch.setattr(core, "LEANS_ON", {"the whole pack": fine, "'Load It'": {"json.melt": ()}})
+    monkeypatch.setattr(core, "LEANS_ON", {WHOLE_PACK: fine, "'Load It'": {"json.melt": ()}})
     works, (line,) = state_of_the_core("0.50.1")
-    assert works and "ComfyUI 0.50.1" in line and "'Load It' does not work (json.melt; tested with" in line
-    monkeypatch.setattr(core, "LEANS_ON", {"the whole pack": {"json.melt": ()}})
+    assert works and "ComfyUI 0.50.1" in line and "'Load It' may not work (json.melt; tested with" in line
+    monkeypatch.setattr(core, "LEANS_ON", {WHOLE_PACK: {"json.dumps": (), "pathlib.Path.read_text": ("colour",)}})
+    works, (line,) = state_of_the_core("0.50.1")
+    assert works and "the whole pack may not work (pathlib.Path.read_text(colour); tested with" in line
+    monkeypatch.setattr(core, "LEANS_ON", {WHOLE_PACK: {"json.melt": ()}})
     assert not state_of_the_core("0.50.1")[0]
 
 
