@@ -19,7 +19,7 @@ from comfy.text_encoders.llama import BaseLlama, Llama2_, Qwen3_4BConfig
 from diffusers import AutoencoderKLFlux2
 from transformers import AutoTokenizer
 
-from mf_diffusers.demo import EMBEDDED_MODEL as EMBEDDED_MODEL
+from mf_diffusers.embedded import EMBEDDED_MODEL as EMBEDDED_MODEL
 from mf_diffusers.modality_forcing.conversion import export_published_transformer, load_safetensors
 from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
 

@@ -52,18 +52,20 @@ def load_pipeline(
     offline=False,
     adapter=None,
     lora_weight=1.0,
+    size=None,
 ):
     """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run.
 
     Args:
         model: folder or Hub id; with `adapter` also its base, FLUX.2 [klein].
-        device, dtype: where it runs, and in which type.
+        device, dtype: where it runs, and in which type; the autoencoder computes in float32.
         text_encoder: folder or Hub id. None: the model's own, or the one that fits.
         lora: file, folder or Hub id.
         offload: "none", "model" (one component at a time on the device) or "group" (one layer at a time).
         offline: ask no server.
         adapter: file that training in "lora" mode wrote; it is merged.
         lora_weight: of `lora`.
+        size: in place of the checkpoint's `default_sample_size`.
 
     Raises FileNotFoundError when there is no such model or a file of it is missing; ValueError when it is none of ours,
     damaged, or its parts do not fit: this is found out before memory is taken.
@@ -79,6 +81,8 @@ def load_pipeline(
     if pipe.text_encoder is None:
         pipe.load_text_encoder(text_encoder or "auto", dtype, **hub)
     check_components(pipe)
+    if size is not None:
+        pipe.register_to_config(default_sample_size=size)
     if lora:
         pipe.load_lora_weights(lora, adapter_name="lora")
         pipe.set_adapters("lora", lora_weight)
@@ -103,7 +107,7 @@ def _open_pipeline(model, dtype, own_text, adapter, hub):
             read_klein(files, besides=absent)
             base = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **absent)
             return ModalityForcingPipeline.from_base(base, adapter=adapter)
-        pipe = ModalityForcingPipeline.from_pretrained(folder, dtype=dtype, **absent)
+        pipe = ModalityForcingPipeline.from_pretrained(folder, dtype={"vae": torch.float32, "default": dtype}, **absent)
     elif "model.safetensors" in files:
         if "vae" not in read_published(files):
             raise FileNotFoundError(f"model={model} has no autoencoder: ae_encoder.safetensors is missing.")

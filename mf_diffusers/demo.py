@@ -19,6 +19,7 @@ import mf_diffusers
 from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.checkpoints import load_pipeline
 from mf_diffusers.depth_io import read_depth
+from mf_diffusers.embedded import EMBEDDED_MODEL, EMBEDDED_SCENES
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 from mf_diffusers.files import temporary_folder
 from mf_diffusers.geometry import PointSettings
@@ -27,23 +28,20 @@ from mf_diffusers.results import METADATA, place_result, write_result
 from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
 
 
-EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
-EMBEDDED_SCENES = Path(__file__).parent / "embedded" / "scenes"
 PROMPTS = (  # in the words of the embedded model, those of finetune/scenes
     "a large orange box on a snowy plain under a clear sky",
     "a green box in a room with a tiled wall and a blue floor",
     "a blue box left of a red cylinder on a grassy plain under a clear sky",
 )
 GIVEN_SCENE, NEW_PROMPT = "test-116", "a large purple cone and a purple cube on a snowy plain under a clear sky"
-GUIDANCE_SCALE = 3.0  # where the embedded model draws whole objects: with more they merge, with less some are missing
 SCANNED_SCENE, SCANNED_ROWS = "test-038", slice(18, None, 32)  # of 256, as few as a simple LiDAR has
 PAINTED_SCENE, PAINTED_PROMPT = "test-004", "a large red box on dry earth"
 PAINTED_BOX = (60, 60, 200, 200)  # left, top, right, bottom in pixels
 STRENGTHS = {"loosely": -5, "tightly": -11, "rigidly": None}  # log2_alpha of depth -> image
-DEPTH_STEPS = 1  # the mean of what fits the image; the embedded model errs more in more steps, see its card
 ERRORS = ("abs_rel", "delta1")
 CELL = 144  # a little more than twice the side of the embedded model's pictures
 
+Steps = namedtuple("Steps", "image depth")  # of the tasks that make images, and of those that make depth of one
 Scene = namedtuple("Scene", "name caption image depth")  # depth (H, W) in metres, 0 for the sky
 
 
@@ -64,7 +62,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
         model: folder or Hub id of a pipeline. None: the embedded model.
         output: the new folder; see `place_result` for what happens when there is one already.
         seed: of the first result of a task; the second has the next, and so on. Conditioning strengths share one.
-        steps: Euler steps of the tasks that make images; the depth of an image takes `DEPTH_STEPS`.
+        steps: Euler steps of the tasks that make images; None: the checkpoint's, as for the rest.
         loading: `text_encoder`, `lora`, `lora_weight`, `adapter`, `offload` and `offline` of `load_pipeline`.
 
     Returns what metadata.json says. Raises FileNotFoundError when there is no such model.
@@ -74,12 +72,13 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
         raise FileNotFoundError(f"this installation has no embedded model, {EMBEDDED_MODEL}: give one by `model`.")
     model = str(model or EMBEDDED_MODEL)
     output = Path(output) if Path(output).name else Path(output).resolve()
-    sampling = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}  # of the tasks that make images
     console = Console(stderr=True)
     progress = Progress(console=console, disable=quiet or not console.is_terminal, transient=True)
     with temporary_folder(output.parent) as folder, progress:
-        task = progress.add_task("loading", total=steps * (2 + len(STRENGTHS)) + 4 * DEPTH_STEPS)
+        task = progress.add_task("loading", total=None)
         pipe = load_pipeline(model, device, dtype, **loading)
+        steps = Steps(steps or pipe.config.default_num_inference_steps, pipe.config.default_depth_steps)
+        progress.update(task, total=steps.image * (2 + len(STRENGTHS)) + 4 * steps.depth)
         pipe.set_progress_bar_config(disable=True)
 
         def make(what, seeds, **inputs):
@@ -93,11 +92,11 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
             )
 
         scenes = demo_scenes()
-        texts, text_sheet = from_text(make, folder, seed, sampling)
-        depths, depth_sheet = from_images(make, folder, seed, scenes)
-        images, image_sheet = from_depth(make, folder, seed, sampling, scenes)
+        texts, text_sheet = from_text(make, folder, seed, steps)
+        depths, depth_sheet = from_images(make, folder, seed, steps, scenes)
+        images, image_sheet = from_depth(make, folder, seed, steps, scenes)
         completed, scan_sheet = from_scan(make, folder, seed, scenes)
-        painted, paint_sheet = from_painted(make, folder, seed, sampling, scenes)
+        painted, paint_sheet = from_painted(make, folder, seed, steps, scenes)
         whole = joined([joined([text_sheet, image_sheet], below=True), depth_sheet])
         joined([whole, joined([scan_sheet, paint_sheet])], below=True).save(folder / "contact_sheet.png")
         mean = mean_metrics([{name: facts[name] for name in ERRORS} for facts in depths])
@@ -105,8 +104,8 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
             "command": "demo",
             "model": Path(model).resolve() if Path(model).exists() else model,
             "seed": seed,
-            "steps": {"images": steps, "depth": DEPTH_STEPS},
-            "guidance_scale": GUIDANCE_SCALE,
+            "steps": {"images": steps.image, "depth": steps.depth},
+            "guidance_scale": pipe.config.default_guidance_scale,
             "device": device,
             "dtype": str(dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version()}
@@ -130,12 +129,12 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
     return metadata
 
 
-def from_text(make, folder, seed, sampling):
+def from_text(make, folder, seed, steps):
     """Results of `PROMPTS`, their depth made anew from the image: what metadata.json says of each, and their sheet."""
     facts, rows = [], []
     seeds = range(seed, seed + len(PROMPTS))
-    inputs = {"prompt": list(PROMPTS), "num_refinement_steps": DEPTH_STEPS} | sampling
-    made = make("text to image and depth", seeds, **inputs)
+    inputs = {"num_inference_steps": steps.image, "num_refinement_steps": steps.depth}
+    made = make("text to image and depth", seeds, prompt=list(PROMPTS), **inputs)
     for number, (prompt, image, depth, mask) in enumerate(zip(PROMPTS, made.images, made.depth, made.depth_mask)):
         facts.append({"result": f"text-{number + 1}", "prompt": prompt, "seed": seed + number})
         write(folder, facts[-1], image, depth, mask=mask, points=PointSettings())
@@ -143,11 +142,11 @@ def from_text(make, folder, seed, sampling):
     return facts, contact_sheet(rows, PROMPTS, ("image made", "depth made"), CELL, "Text to image and depth")
 
 
-def from_images(make, folder, seed, scenes):
+def from_images(make, folder, seed, steps, scenes):
     """Depth of the images of `scenes`: its errors after affine alignment for each, and the sheet."""
     facts, rows, labels = [], [], []
     images = [scene.image for scene in scenes]
-    made = make("image to depth", range(seed, seed + len(scenes)), image=images, num_inference_steps=DEPTH_STEPS)
+    made = make("image to depth", range(seed, seed + len(scenes)), image=images)
     for number, (scene, depth, mask) in enumerate(zip(scenes, made.depth, made.depth_mask)):
         valid = scene.depth > 0
         aligned = align_affine_robust(depth, scene.depth).apply(depth)
@@ -162,14 +161,14 @@ def from_images(make, folder, seed, scenes):
         rows.append([scene.image, *(Image.fromarray(colorize_depth(*d, near=near, far=far)) for d in depths), error])
         labels.append(f"AbsRel {errors['abs_rel']:.1%}\nδ1 {errors['delta1']:.1%}")
     columns = "image given", "depth made", "true depth", f"error, yellow from {BRIGHTEST_ERROR:.0%}"
-    return facts, contact_sheet(rows, labels, columns, CELL, f"Image to depth in {DEPTH_STEPS} step")
+    return facts, contact_sheet(rows, labels, columns, CELL, f"Image to depth, steps: {steps.depth}")
 
 
-def from_depth(make, folder, seed, sampling, scenes):
+def from_depth(make, folder, seed, steps, scenes):
     """Images of the depth of `GIVEN_SCENE` at every conditioning strength: what metadata.json says, and the sheet."""
     facts, rows = [], []
     given = next(scene.depth for scene in scenes if scene.name == GIVEN_SCENE)
-    inputs = {"depth": given, "prompt": NEW_PROMPT} | sampling
+    inputs = {"depth": given, "prompt": NEW_PROMPT, "num_inference_steps": steps.image}
     for strength, log2_alpha in STRENGTHS.items():
         image = make(f"depth to image, {strength}", [seed], log2_alpha=log2_alpha, **inputs).images[0]
         facts.append({"result": f"image-{strength}", "prompt": NEW_PROMPT, "seed": seed, "log2_alpha": log2_alpha})
@@ -185,7 +184,7 @@ def from_scan(make, folder, seed, scenes):
     scene = next(scene for scene in scenes if scene.name == SCANNED_SCENE)
     scan = np.zeros_like(scene.depth)
     scan[SCANNED_ROWS] = scene.depth[SCANNED_ROWS]
-    inputs = {"image": scene.image, "depth": scan, "num_inference_steps": DEPTH_STEPS}
+    inputs = {"image": scene.image, "depth": scan}
     made = make("image and depth in part to depth", [seed], **inputs)
     depth, mask = made.depth[0], made.depth_mask[0]
     errors = {name: depth_metrics(depth, scene.depth)[name] for name in ERRORS}
@@ -198,13 +197,14 @@ def from_scan(make, folder, seed, scenes):
     return [facts], contact_sheet([row], [label], columns, CELL, "Completion of depth, in the unit of what is given")
 
 
-def from_painted(make, folder, seed, sampling, scenes):
+def from_painted(make, folder, seed, steps, scenes):
     """The image of `PAINTED_SCENE` with a part made anew from a prompt: what metadata.json says, and the sheet."""
     scene = next(scene for scene in scenes if scene.name == PAINTED_SCENE)
     mask = Image.new("L", scene.image.size)
     mask.paste(255, PAINTED_BOX)
-    inputs = {"image": scene.image, "mask_image": mask, "prompt": PAINTED_PROMPT, "num_refinement_steps": DEPTH_STEPS}
-    made = make("image in part to image and depth", [seed], **inputs | sampling)
+    inputs = {"image": scene.image, "mask_image": mask, "prompt": PAINTED_PROMPT}
+    inputs |= {"num_inference_steps": steps.image, "num_refinement_steps": steps.depth}
+    made = make("image in part to image and depth", [seed], **inputs)
     facts = {"result": "inpainted", "scene": scene.caption, "prompt": PAINTED_PROMPT, "seed": seed}
     write(folder, facts, made.images[0], made.depth[0], mask=made.depth_mask[0])
     hidden = Image.composite(Image.new("RGB", scene.image.size, "white"), scene.image, mask)

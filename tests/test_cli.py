@@ -335,6 +335,16 @@ def test_errors_of_depth_files_name_the_options(model):
     )
 
 
+def test_the_size_to_work_at(model, photo):
+    depths = []
+    for size in (None, 16, 48):
+        run("depth", photo, "-m", model, "--steps", 1, "-o", str(size), *(() if size is None else ("--size", size)))
+        depths.append(np.load(f"{size}/photo/depth.npy"))
+        assert metadata(f"{size}/photo")["options"]["size"] == size
+    assert len({depth.shape for depth in depths}) == 1  # as large as the photo
+    assert not np.allclose(depths[0], depths[1]) and not np.allclose(depths[0], depths[2])
+
+
 def test_results_are_not_overwritten_unless_asked(model, photo):
     for _ in range(3):
         run("depth", photo, "-m", model, "--steps", 1)

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel
-from mf_diffusers.demo import EMBEDDED_MODEL
 from mf_diffusers.depth_io import read_depth, write_depth
+from mf_diffusers.embedded import EMBEDDED_MODEL
 from mf_diffusers.modality_forcing.conversion import export_published_transformer
 
 

@@ -21,7 +21,9 @@ TASKS = ("text_to_image_and_depth", "image_to_depth", "depth_to_image", "complet
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    make_pipeline().save_pretrained(folder)
+    pipe = make_pipeline()
+    pipe.register_to_config(default_depth_steps=1, default_guidance_scale=3.0)
+    pipe.save_pretrained(folder)
     return folder
 
 

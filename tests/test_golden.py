@@ -197,7 +197,9 @@ def test_published_pipeline(golden_autoencoder, tmp_path, monkeypatch):
     text_encoder.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     from_folder = ModalityForcingPipeline.from_published(golden_autoencoder, tmp_path)
-    assert from_folder.transformer.dtype == from_folder.vae.dtype == from_folder.text_encoder.dtype == torch.bfloat16
+    assert from_folder.transformer.dtype == from_folder.text_encoder.dtype == torch.bfloat16
+    assert from_folder.vae.dtype == torch.float32
+    assert from_folder.config.default_size_rule == "long_side" and from_folder.config.default_sample_size == 512
     assert from_folder.transformer.depth_head.proj_out.weight.dtype == torch.float32
     without = ModalityForcingPipeline.from_published(golden_autoencoder, text_encoder=None)
     assert without.text_encoder is None and without.vae.bn.running_mean.dtype == torch.float32

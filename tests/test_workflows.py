@@ -14,8 +14,8 @@ import trimesh
 from comfyui_server import REPOSITORY, Server
 from PIL import Image
 
-from mf_diffusers.demo import EMBEDDED_MODEL
 from mf_diffusers.depth_io import read_depth
+from mf_diffusers.embedded import EMBEDDED_MODEL
 
 
 COMFYUI = os.environ.get("COMFYUI_PATH")

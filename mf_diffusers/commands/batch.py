@@ -103,6 +103,7 @@ class Batch:
             text_encoder=options.text_encoder,
             lora=options.lora,
             lora_weight=options.lora_weight,
+            size=options.size,
             adapter=options.adapter,
             offload=options.offload,
             offline=options.offline,

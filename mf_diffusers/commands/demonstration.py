@@ -22,7 +22,7 @@ def demo(
     model: Annotated[
         str | None, option("--model", "-m", help="Folder or Hub id; default: the embedded model, where there is one.")
     ] = None,
-    steps: Annotated[int, option(min=1, help="Euler steps for images; the depth of an image takes one.")] = 50,
+    steps: Annotated[int | None, option(min=1, help="Euler steps for images; default: the model's.")] = None,
     seed: Annotated[
         int, option(min=0, max=2**32, help="Result number i of a task, from 0, has the seed SEED + i.")
     ] = 0,

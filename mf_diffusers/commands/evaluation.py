@@ -17,6 +17,7 @@ from mf_diffusers.commands.options import (
     Offline,
     Offload,
     Quiet,
+    Size,
     Steps,
     TextEncoder,
     choice,
@@ -50,6 +51,7 @@ def evaluate(
     ] = "model",
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; 10 in the paper.")] = 1,
     steps: Steps = None,
+    size: Size = None,
     seed: Annotated[int, option(min=0, max=2**32, help="Frame number i, from 0, has the seed SEED + i.")] = 0,
     limit: Annotated[int | None, option(min=1, help="Only the first so many frames.")] = None,
     alignment: Annotated[
@@ -117,13 +119,14 @@ def evaluate(
         hush_libraries(errors_alone=quiet)
         device = str(processes().device) if device == "auto" else device
         device, dtype = device_and_dtype(device, dtype, offload)
-        pipe = load_pipeline(model, device, dtype, text_encoder, lora, offload, offline, adapter, lora_weight)
+        pipe = load_pipeline(model, device, dtype, text_encoder, lora, offload, offline, adapter, lora_weight, size)
         pipe.set_progress_bar_config(disable=True)
         facts = {
             "model": str(Path(model).resolve()) if Path(model).exists() else model,
             "lora": lora,
             "lora_weight": lora_weight if lora else None,
             "adapter": str(adapter.resolve()) if adapter else None,
+            "size": pipe.config.default_sample_size,
         }
         is_disparity, is_fitted = alignment == "disparity", method == "fitted"
         predictor = ModelPredictor(pipe, facts, steps, ensemble, seed, is_disparity, is_fitted)

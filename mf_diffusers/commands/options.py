@@ -89,6 +89,10 @@ GuidanceScale = Annotated[
 Strength = Annotated[float | None, option(min=0, max=1, help="Share of the steps, from the picture on; default: anew.")]
 Seed = Annotated[int, option(min=0, max=2**32, help="Result number i, from 0, has the seed SEED + i.")]
 Side = Annotated[int | None, option(min=1, help="To work at, a multiple of 16; default: fits the input.")]
+Size = Annotated[
+    int | None,
+    option(min=1, help="To work at, in place of the checkpoint's: longer side, or side of a square."),
+]
 Output = Annotated[Path, option("--output", "-o", panel="Result", help="Folder for the result folders.")]
 Overwrite = Annotated[bool, option("--overwrite", panel="Result", help="Replace; default: write NAME-002 beside NAME.")]
 Fov = Annotated[
@@ -128,6 +132,7 @@ class Options:
     seed: Seed = 0
     height: Side = None
     width: Side = None
+    size: Size = None
     lora: Lora = None
     lora_weight: LoraWeight = 1.0
     adapter: Adapter = None

@@ -66,6 +66,7 @@ class ModalityForcingLoaderMixin:
         text_encoder: str | Path | Qwen3ForCausalLM | None = "auto",
         tokenizer: Qwen2TokenizerFast | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        size: int = 512,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -81,7 +82,9 @@ class ModalityForcingLoaderMixin:
             text_encoder: Folder, Hub repository or instance of the Qwen3 model; "auto": the one that fits the width of
                 the transformer's text features; `None`: none, the caller gives `prompt_embeds`.
             tokenizer: Default: the tokenizer that lies with the text encoder.
-            dtype: dtype of all the weights but those of the depth head and the latent statistics, which stay float32.
+            dtype: dtype of the weights of the transformer and the text encoder. The depth head and the autoencoder stay
+                float32, as in the published code.
+            size: pixels of the longer side that the checkpoint was trained at.
             revision: of the Hub repository of the weights.
             cache_dir, token, local_files_only: as everywhere on the Hub; for the text encoder too.
 
@@ -97,7 +100,7 @@ class ModalityForcingLoaderMixin:
         )
         vae = build_empty(AutoencoderKLFlux2, vae_config, vae_weights, f"{folder}/ae_encoder.safetensors")
         check_weights(vae, vae_weights, folder)
-        vae_weights = {name: w if name.startswith("bn.") else w.to(dtype) for name, w in vae_weights.items()}
+        vae_weights = {name: w.float() if w.is_floating_point() else w for name, w in vae_weights.items()}
         vae.load_state_dict(vae_weights, assign=True)
 
         is_loaded = not isinstance(text_encoder, str | Path)
@@ -109,6 +112,7 @@ class ModalityForcingLoaderMixin:
             text_encoder=text_encoder if is_loaded else None,
             tokenizer=tokenizer,
             depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),
+            default_sample_size=size,
             default_size_rule="long_side",
         )
         if not is_loaded:
