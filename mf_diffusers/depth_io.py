@@ -28,8 +28,8 @@ def read_depth(path, scale=None, invalid=None, key=None, infinite=None, maximum=
     """Read a depth map; the suffix (any of `DEPTH_SUFFIXES`) decides the format.
 
     Where one value at the far end repeats and dwarfs the rest, as the background of a renderer does (1e10 of Blender,
-    65504 of half floats, 65535, a clip plane), it is missing, and an InputWarning says so: `FarEnd.is_background` has
-    the rule. A `maximum` of inf keeps it.
+    65504 of half floats, 65535, a clip plane), it is missing, and an InputWarning says so: `FarEnd.background` has the
+    rule. A `maximum` of inf keeps it.
 
     Args:
         path: the file. The first page of a TIFF is read. Levels of a PNG with the text chunks `near` and `far` of MoGe
@@ -47,8 +47,8 @@ def read_depth(path, scale=None, invalid=None, key=None, infinite=None, maximum=
         float32 (H, W): inf where infinite, and 0 where depth is missing: NaN, zero, negative, too large for float32,
         beyond `maximum`, or listed in `invalid`.
 
-    Warns with UserWarning when the depth has only the 256 levels of 8 bits, with InputWarning of a background, of
-    values too large for float32, and of a farthest depth beside which all other is next to nothing.
+    Warns with UserWarning when the depth has only the 256 levels of 8 bits, with InputWarning of a background and of
+    values too large for float32.
 
     Raises FileNotFoundError when there is no such file, and ValueError for everything that holds no depth map: a
     suffix of another format, a damaged file, a coloured picture, several channels that could be meant, a missing key,
@@ -75,19 +75,8 @@ def read_depth(path, scale=None, invalid=None, key=None, infinite=None, maximum=
         )
     if maximum is not None:
         depth[(depth > maximum) & np.isfinite(depth)] = 0
-    elif end := far_end(depth):
-        at_end = depth == end.value
-        number = float(values[at_end][0])
-        found = f"{end.pixels} pixels hold {number:.9g}, {end.ratio:.3g} times the median of the others"
-        if end.is_background(number):
-            depth[at_end] = 0
-            _warn(
-                path,
-                f"{found}: taken for background, and missing; give infinite={number:.9g} if it is infinitely far, "
-                "maximum=inf if it is their depth",
-            )
-        elif end.is_suspicious:
-            _warn(path, f"{found}, which are next to nothing beside it; give maximum=... if it is no depth")
+    else:
+        _drop_background(path, depth, values)
     if values.dtype == np.uint8:
         _warn(path, "8-bit depth has only 256 levels; give 16-bit PNG or float depth if there is any", UserWarning)
     return depth
@@ -192,6 +181,25 @@ def _one_map(depth):
     if depth.ndim != 2 or depth.size == 0:
         raise ValueError(f"depth of shape {shape} is no depth map; give one map (H, W), (1, H, W) or (H, W, 1)")
     return np.ma.getdata(depth), np.ma.getmaskarray(depth)
+
+
+def _drop_background(path, depth, values):
+    """Set to 0 what is background in a depth map, and warn of it. `values` are those that the file has."""
+    while end := far_end(depth):
+        number = float(values[depth == end.value][0])
+        start = end.background(number)
+        if start is None:
+            return
+        background = (depth >= start) & np.isfinite(depth)
+        held, remedy = f"hold {number:.9g}", f"give infinite={number:.9g} if it is infinitely far, maximum=inf"
+        if start < end.value:
+            held, remedy = f"hold up to {number:.9g}", "give maximum=... for another limit, maximum=inf"
+        _warn(
+            path,
+            f"{np.count_nonzero(background)} pixels {held}, {end.ratio:.3g} times the median of the others: taken for "
+            f"background, and missing; {remedy} if it is their depth",
+        )
+        depth[background] = 0
 
 
 def _listed(values):

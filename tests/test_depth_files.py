@@ -50,6 +50,9 @@ BACKGROUNDS = {
     "float max": scene(np.finfo(np.float32).max),
     "millimetres 65535": scene(65535, np.uint16, nearer=LEVELS),
     "centimetres 65535": scene(65535, np.uint16, nearer=LEVELS / 2),
+    "millimetres 65535 not far behind a landscape": scene(
+        65535, np.uint16, nearer=1000 + 50_000 * np.linspace(0, 1, SCENE.size).reshape(SCENE.shape) ** 8
+    ),
     "int16 32767": scene(32767, np.int16, nearer=LEVELS / 3),
     "int32 2147483647": scene(2**31 - 1, np.int32, nearer=LEVELS),
     "a few pixels": scene(1e10, where=np.arange(SCENE.size).reshape(SCENE.shape) < 4),
@@ -68,7 +71,7 @@ def test_a_background_is_missing_and_said(tmp_path, values):
         warnings.simplefilter("error")
         number = values.max()
         assert np.array_equal(read_depth(path, scale=0.5, invalid=number), depth)
-        assert np.array_equal(read_depth(path, scale=0.5, maximum=float(number) / 4), depth)
+        assert np.array_equal(read_depth(path, scale=0.5, maximum=float(values[~background].max()) / 2), depth)
         infinite = read_depth(path, scale=0.5, infinite=number)
         assert np.array_equal(infinite, np.where(background, np.inf, depth))
         kept = read_depth(path, scale=0.5, maximum=math.inf)
@@ -110,19 +113,42 @@ def test_the_far_end_of_inverse_depth(tmp_path):
     np.testing.assert_allclose(depth[~SKY], SCENE[~SKY], rtol=1e-6)
 
 
-def test_a_farthest_depth_that_looks_wrong_is_said_and_kept(tmp_path):
+BLENDED = {
+    "halves": np.linspace(10_000, 9e9, COLUMNS),
+    "almost all of it": np.linspace(9e9, 1e10, COLUMNS),
+    "overshoot": np.linspace(1e10, 1.2e10, COLUMNS),
+}
+
+
+@pytest.mark.parametrize("row", BLENDED.values(), ids=BLENDED)
+def test_a_background_that_resizing_mixed_with_depth(tmp_path, row):
     blended = scene(1e10)
-    blended[12] = np.linspace(2, 9e9, COLUMNS)  # as after resizing: no gap
-    for values in (blended, scene(1e7, where=np.arange(SCENE.size).reshape(SCENE.shape) < 1)):
-        with pytest.warns(InputWarning, match="next to nothing beside it; give maximum="):
-            assert np.array_equal(read_depth(save(tmp_path, values)), values)
+    blended[12] = row
+    with pytest.warns(InputWarning, match=r"780 pixels hold up to 1.*e\+10, .* missing; give maximum=\.\.\. for another"):
+        depth = read_depth(save(tmp_path, blended))
+    assert np.array_equal(depth, np.where(np.arange(ROWS)[:, None] > 12, SCENE, 0))
+    assert np.array_equal(read_depth(save(tmp_path, blended), maximum=math.inf), blended)
+
+
+def test_a_single_impossible_depth(tmp_path):
+    values = scene(1e7, where=np.arange(SCENE.size).reshape(SCENE.shape) < 1)
+    with pytest.warns(InputWarning, match="1 pixels hold up to 10000000"):
+        assert np.array_equal(read_depth(save(tmp_path, values)) > 0, values < 1e7)
+
+
+def test_several_backgrounds(tmp_path):
+    values = scene(1e10)
+    values[:3], values[3:6] = 65504, 1000
+    with pytest.warns(InputWarning) as warned:
+        assert np.array_equal(read_depth(save(tmp_path, values)), np.where(SKY, 0, SCENE))
+    assert [str(one.message).split(" hold ")[1].split(",")[0] for one in warned] == ["1e+10", "65504", "1000"]
 
 
 def test_the_far_end_of_a_large_map_is_that_of_a_sample():
     depth = np.tile(scene(1e10), (30, 30))
     end = far_end(depth)
     assert (end.value, end.pixels) == (1e10, 900 * SKY.sum())
-    assert end.ratio == pytest.approx(1e10 / np.median(SCENE[12:]), rel=0.01)
+    assert end.median == pytest.approx(np.median(SCENE[12:]), rel=0.01)
     assert far_end(np.ones((2, 2), np.float32)) is None
 
 
@@ -352,6 +378,8 @@ HEADERS = {
     "scale -1e+00": b"Pf\n60 40\n-1e+00\n",
     "scale of Middlebury": b"Pf\n60 40\n-0.003922\n",
     "spaces": b"Pf 60 40 -1 ",
+    "spaces at the ends of lines": b"Pf \n60 40 \n-1.0 \n",
+    "a space and a comment behind the scale": b"Pf\n60 40\n-1.0 \r\n# last words\r\n",
     "Windows": b"Pf\r\n60 40\r\n-1.0\r\n",
 }
 
@@ -368,6 +396,9 @@ def test_colour_pfm(tmp_path):
     equal = np.repeat(SCENE[..., None], 3, axis=2)
     (tmp_path / "a.pfm").write_bytes(pfm(b"PF\n60 40\n-1\n", equal))
     assert np.array_equal(read_depth(tmp_path / "a.pfm"), SCENE)
+    equal[3, 4] = np.nan
+    (tmp_path / "a.pfm").write_bytes(pfm(b"PF\n60 40\n-1\n", equal))
+    assert np.count_nonzero(read_depth(tmp_path / "a.pfm")) == SCENE.size - 1
     (tmp_path / "a.pfm").write_bytes(pfm(b"PF\n60 40\n-1\n", equal + np.array([0, 0, 1])))
     with pytest.raises(ValueError, match=r"a\.pfm: a coloured depth picture"):
         read_depth(tmp_path / "a.pfm")

@@ -156,6 +156,8 @@ def test_masks_of_every_kind(pipe):
         (255 * HIDDEN).astype(np.uint8),
         torch.tensor(HIDDEN),
         torch.tensor(HIDDEN)[None, None],
+        HIDDEN[..., None],
+        torch.tensor(HIDDEN)[None, ..., None],
         np.stack([HIDDEN, HIDDEN]),
     ):
         assert np.array_equal(call(pipe, image=IMAGES, mask_image=mask).images, expected)

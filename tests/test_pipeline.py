@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -505,6 +506,16 @@ def test_eight_bit_depth_warns(pipe):
         patch.setattr("mf_diffusers.modality_forcing.depth_processor.logger.warning", messages.append)
         call(pipe, "x", depth=PIL.Image.fromarray((100 * DEPTH).astype(np.uint8)))
     assert "256 levels" in messages[0]
+
+
+def test_depth_with_a_background_warns(pipe):
+    depth = np.stack([DEPTH, np.where(DEPTH > 1.9, np.float32(1e10), DEPTH)])
+    with pytest.warns(UserWarning, match=r"Depth map 1 of the batch: \d+ pixels hold 1e\+10, .* by `depth_mask`"):
+        call(pipe, ["x", "x"], depth=depth)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(pipe, ["x", "x"], depth=depth, depth_mask=depth < 1e10)
+        call(pipe, ["x", "x"], depth=np.where(depth > 2, np.inf, depth))
 
 
 # Loading

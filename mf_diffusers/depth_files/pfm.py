@@ -8,10 +8,11 @@ import numpy as np
 from mf_diffusers.depth_files.stored import Stored, one_of_equal
 
 
-# White space and comments stand between the parts of the header; one white space ends it.
+# White space and comments stand between the parts of the header; one white space ends it, or what is left of its line,
+# and some programs put comments after it.
 _GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
-HEADER = re.compile(rb"P([Ff])" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})" + _GAP + rb"([^\s#]{1,40})(?:\r\n|\s)")
-LATE_COMMENTS = re.compile(rb"(?:#[^\r\n]*\r?\n)*")
+HEADER = re.compile(rb"P([Ff])" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})" + _GAP + rb"([^\s#]{1,40})(?=\s)")
+END = re.compile(rb"(?:\s|[ \t]*\r?\n)(?:#[^\r\n]*\r?\n)*")
 
 
 def read(path, key=None) -> Stored:
@@ -24,8 +25,8 @@ def read(path, key=None) -> Stored:
     channels = 3 if header[1] == b"F" else 1
     width, height, scale = int(header[2]), int(header[3]), _number(header[4])
     start = len(data) - 4 * channels * width * height
-    if not LATE_COMMENTS.fullmatch(data[header.end() : max(start, 0)]) or start < header.end():
-        there = len(data) - header.end()
+    if not END.fullmatch(data[header.end() : max(start, 0)]):
+        there = len(data) - header.end() - 1
         raise ValueError(f"{there} bytes of values where {width}x{height} pixels of {channels} floats need 4 each")
     values = np.frombuffer(data, "<f4" if scale < 0 else ">f4", offset=start)
     return Stored(np.flipud(one_of_equal(values.reshape(height, width, channels))))

@@ -44,8 +44,8 @@ def one_of_equal(channels):
 
     Raises ValueError when they differ.
     """
-    first = channels[..., 0]
-    if any(not np.array_equal(channels[..., other], first) for other in range(1, channels.shape[-1])):
+    first, has_nan = channels[..., 0], channels.dtype.kind == "f"
+    if any(not np.array_equal(channels[..., at], first, equal_nan=has_nan) for at in range(1, channels.shape[-1])):
         raise ValueError("a coloured depth picture carries no depth values; give the raw depth it was made from")
     return first
 

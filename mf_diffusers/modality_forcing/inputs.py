@@ -1,6 +1,7 @@
 """What a call of the pipeline is given: is it all there, does it go together, which values does it have."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -9,6 +10,8 @@ import PIL.Image
 import psutil
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+
+from mf_diffusers.depth_background import far_end
 
 from .depth_processor import DepthProcessor
 from .image_processor import image_to_pixels
@@ -92,7 +95,10 @@ def read_image(image, mask_image=None, strength: float | None = None) -> GivenIm
 def read_depth(
     depth, depth_mask, depth_strength: float | None, depth_processor: DepthProcessor | None
 ) -> GivenDepth | None:
-    """The `depth`, `depth_mask` and `depth_strength` of a call as tensors; `None` where there is no depth."""
+    """The `depth`, `depth_mask` and `depth_strength` of a call as tensors; `None` where there is no depth.
+
+    Warns with UserWarning of a map whose far end looks like the background of a renderer.
+    """
     if depth is None:
         return None
     depth = depth_processor.to_tensor(depth)
@@ -106,6 +112,15 @@ def read_depth(
             f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. Give "
             "a depth map with values, or leave `depth` out."
         )
+    for number, (one, is_valid) in enumerate(zip(depth, valid)):
+        end = far_end(torch.where(is_valid, one, 0.0)[0].cpu().numpy())
+        if end is not None and end.background(end.value) is not None:
+            warnings.warn(
+                f"Depth map {number} of the batch: {end.pixels} pixels hold {end.value:.9g}, {end.ratio:.3g} times the "
+                "median of the others, which are next to nothing beside it. Leave a background out by `depth_mask`.",
+                UserWarning,
+                stacklevel=2,
+            )
     return GivenDepth(depth, valid, is_start=depth_strength is not None)
 
 
@@ -113,8 +128,8 @@ def mask_to_tensor(mask) -> torch.Tensor:
     """
     Args:
         mask: a mask or a batch of masks, white where something is made anew. `PIL.Image.Image`; `np.ndarray` or
-            `torch.Tensor` of shape (H, W), (B, H, W), (B, 1, H, W) or (1, H, W), bool, uint8 or floats in [0, 1]; or
-            a list of these, all of one size.
+            `torch.Tensor` of shape (H, W), (B, H, W), (B, 1, H, W), (H, W, 1) or (B, H, W, 1), bool, uint8 or floats
+            in [0, 1]; or a list of these, all of one size.
 
     Returns:
         `torch.Tensor` of shape (B, 1, H, W), float32 in [0, 1].
@@ -135,6 +150,8 @@ def mask_to_tensor(mask) -> torch.Tensor:
             f"`mask_image` must be a PIL image, an array, a tensor or a list of these of one size, got {type(mask)}."
         )
     values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
+    if values.ndim in (3, 4) and values.shape[-1] == 1:
+        values = values[..., 0]
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim == 2:
