@@ -124,7 +124,7 @@ BLENDED = {
 def test_a_background_that_resizing_mixed_with_depth(tmp_path, row):
     blended = scene(1e10)
     blended[12] = row
-    with pytest.warns(InputWarning, match=r"780 pixels hold up to 1.*e\+10, .* missing; give maximum=\.\.\. for another"):
+    with pytest.warns(InputWarning, match=r"780 pixels hold up to 1.*e\+10, .* give maximum=\.\.\. for another"):
         depth = read_depth(save(tmp_path, blended))
     assert np.array_equal(depth, np.where(np.arange(ROWS)[:, None] > 12, SCENE, 0))
     assert np.array_equal(read_depth(save(tmp_path, blended), maximum=math.inf), blended)
