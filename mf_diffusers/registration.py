@@ -28,12 +28,13 @@ def register_with_diffusers() -> None:
 
 
 class EnterAfterImport(MetaPathFinder):
-    """Leaves the modules of `ENTRIES` to the other finders, and makes the entries once they are loaded."""
+    """Leaves the modules of `ENTRIES` to the finders after it, and makes the entries once they are loaded."""
 
     def find_spec(self, name, path=None, target=None) -> ModuleSpec | None:
         if name not in ENTRIES:
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        later = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(name, path, target) for finder in later)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None:
             load = spec.loader.exec_module

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, attention_backend
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -106,6 +106,13 @@ def close_depth(ours, other, atol: float = 1e-5) -> bool:
     """Whether depth maps are alike in what the model makes, contracted depth: of depth near 0, or of depth far away, a
     relative bound asks for more than its products have, and processors differ."""
     return torch.allclose(*(contract(torch.as_tensor(depth)) for depth in (ours, other)), rtol=0, atol=atol)
+
+
+@pytest.fixture(autouse=True)
+def own_attention():
+    """Lets a test's `set_attention_backend`, which holds for all models of a process, end with the test."""
+    with attention_backend("native"):
+        yield
 
 
 @pytest.fixture

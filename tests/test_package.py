@@ -53,6 +53,7 @@ def test_names_for_type_checkers_are_those_that_can_be_imported():
     [
         "import mf_diffusers; from diffusers import DiffusionPipeline",
         "from diffusers import DiffusionPipeline; import mf_diffusers",
+        "import importlib, mf_diffusers; importlib.reload(mf_diffusers); from diffusers import DiffusionPipeline",
         # How other libraries look whether diffusers is there; it is not imported by that.
         "import importlib.util, mf_diffusers; importlib.util.find_spec('diffusers'); "
         "from diffusers import DiffusionPipeline",
