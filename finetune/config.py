@@ -72,4 +72,4 @@ def save_config(config, path: Path) -> None:
     """Writes the settings as YAML that `load_config` reads back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")

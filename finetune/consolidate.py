@@ -28,7 +28,7 @@ def main():
             raise SystemExit(f"error: {checkpoint} is no checkpoint of a run: there is no {path}")
     if folder.exists():
         raise SystemExit(f"error: {folder} exists already")
-    is_pretraining = any(line.startswith("vae:") for line in settings.read_text().splitlines())
+    is_pretraining = any(line.startswith("vae:") for line in settings.read_text(encoding="utf-8").splitlines())
     script = pretrain if is_pretraining else post_train
     config_class = pretrain.PretrainConfig if is_pretraining else post_train.PostTrainConfig
     config = load_config(config_class, ["--config", str(settings)])

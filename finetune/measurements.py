@@ -78,7 +78,7 @@ def table_cell(values: list[float]) -> str:
 def publish(path: Path, tables: str, figure: Figure) -> None:
     """Prints the tables of a study, and writes them and its figure as `path` with the suffixes .md and .png."""
     with atomic_write(path.with_suffix(".md")) as temporary:
-        temporary.write_text(tables)
+        temporary.write_text(tables, encoding="utf-8")
     with atomic_write(path.with_suffix(".png")) as temporary:
         figure.savefig(temporary, dpi=110)
     print(tables)
