@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from mf_diffusers.input_warning import InputWarning
 
@@ -169,6 +169,8 @@ def _read(file, upright):
             return _as_rgb(image, upright, name), stored
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}cannot be read as a picture: its content is of no known format") from error
     except Exception as error:  # decoders meet damaged files with errors of many types
         raise ValueError(f"{name}cannot be read as a picture: {error}") from error
 

@@ -46,6 +46,7 @@ FLAGS = {
     "invalid": "--depth-invalid",
     "infinite": "--depth-infinite",
     "maximum": "--depth-max",
+    "depth_mask": "--depth-max",
     "fov_degrees": "--fov",
     "edge_threshold": "--edge-threshold",
     "max_points": "--max-points",
