@@ -1,4 +1,4 @@
-"""A model in shards over the processes of a run by DeepSpeed (ZeRO-3): the verbs of finetune/sharding.py.
+"""A model in shards over the processes of a run by DeepSpeed (ZeRO-3).
 
 To DeepSpeed the model is one in float32: it gathers weights so, and the products are in the dtype of the computation by
 autocast. It cuts every tensor, as a vector, into equal parts, the last one padded, and keeps two copies of those of the
@@ -84,89 +84,68 @@ def check(settings: dict) -> None:
             raise SystemExit(f"error: DeepSpeed's {name}_device is {device} and must be none")
 
 
-def exchange_gradients(engine: deepspeed.DeepSpeedEngine, is_last: bool) -> None:
-    """Whether the next backward pass ends an accumulation."""
-    engine.set_gradient_accumulation_boundary(is_last)
+class ZeroShards(sharding.Shards):
+    """A model sharded by DeepSpeed. `model` is its engine. A part is a vector."""
 
+    def exchange_gradients(self, is_last: bool) -> None:
+        self.model.set_gradient_accumulation_boundary(is_last)
 
-def backward(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> None:
-    engine.backward(loss)
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss)
 
+    def step(self, max_grad_norm: float) -> torch.Tensor:
+        """Weights stay where a gradient is not finite. The engine knows `max_grad_norm` from the start."""
+        self.model.step()
+        return torch.as_tensor(self.model.get_global_grad_norm(), device=self.model.device)
 
-def step(engine: deepspeed.DeepSpeedEngine, *_) -> torch.Tensor:
-    """Clips, updates the weights unless a gradient is not finite, and returns the norm before clipping."""
-    engine.step()
-    return torch.as_tensor(engine.get_global_grad_norm(), device=engine.device)
+    @torch.no_grad()
+    def publish(self) -> None:
+        self.model.empty_partition_cache()  # some may be gathered still, after a computation without gradients
+        for parameter in self.named_parameters.values():
+            parameter.ds_tensor.copy_(self.own_part(parameter))
 
+    def shape_of(self, parameter: torch.nn.Parameter) -> torch.Size:
+        return parameter.ds_shape
 
-@torch.no_grad()
-def publish(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Has the model compute with what is in the `own_part`s, where something else than a step changed them."""
-    engine.empty_partition_cache()  # some may be gathered still, after a computation without gradients
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad:
-            parameter.ds_tensor.copy_(own_part(parameter))
+    def own_part(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return safe_get_local_fp32_param(parameter).detach().requires_grad_()
 
+    def as_whole(self, part: torch.Tensor, parameter: torch.nn.Parameter) -> DTensor:
+        mesh = sharding.process_mesh(part.device.type)
+        padded = DTensor.from_local(part, mesh, [Shard(0)], run_check=False).full_tensor()
+        whole = padded[: parameter.ds_numel].view(parameter.ds_shape)
+        return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None).clone()  # which lets go of the whole
 
-def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
-    return parameter.ds_shape
+    def part_of(self, tensor: DTensor) -> torch.Tensor:
+        processes, whole = torch.distributed.get_world_size(), tensor.full_tensor().flatten()
+        padded = pad(whole, (0, -len(whole) % processes))
+        return padded.view(processes, -1)[torch.distributed.get_rank()]
 
+    def read(self, path: Path) -> dict[str, torch.Tensor]:
+        mesh = sharding.process_mesh(next(iter(self.named_parameters.values())).device.type)
+        layouts = {
+            name: zeros(parameter.ds_shape, device_mesh=mesh, placements=[Shard(0)])
+            for name, parameter in self.named_parameters.items()
+        }
+        return sharding.read_tensors(path, layouts)
 
-def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The part of a parameter that this process trains, a vector; in the same memory. See `publish`."""
-    return safe_get_local_fp32_param(parameter).detach().requires_grad_()
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        steps = next(iter(self.optimizer.state.values()))["step"]
+        tensors = {f"{name}|step": steps.clone() for name in self.named_parameters}
+        for name, parameter in self.named_parameters.items():
+            for moment in MOMENTS:
+                part = safe_get_local_optimizer_state(parameter, moment)
+                tensors[f"{name}|{moment}"] = self.as_whole(part, parameter)
+        return tensors
 
-
-def as_whole(part: torch.Tensor, parameter: torch.nn.Parameter) -> DTensor:
-    """A tensor of the shape of `parameter`, of the parts that the processes hold."""
-    mesh = sharding.process_mesh(part.device.type)
-    padded = DTensor.from_local(part, mesh, [Shard(0)], run_check=False).full_tensor()
-    whole = padded[: parameter.ds_numel].view(parameter.ds_shape)
-    return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None).clone()  # which lets go of the whole
-
-
-def part_of(tensor: DTensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What this process holds of a tensor that `read_tensors` read."""
-    processes, whole = torch.distributed.get_world_size(), tensor.full_tensor().flatten()
-    padded = pad(whole, (0, -len(whole) % processes))
-    return padded.view(processes, -1)[torch.distributed.get_rank()]
-
-
-def read_tensors(path: Path, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """As `sharding.read_tensors`."""
-    mesh = sharding.process_mesh(next(iter(parameters.values())).device.type)
-    layouts = {
-        name: zeros(parameter.ds_shape, device_mesh=mesh, placements=[Shard(0)])
-        for name, parameter in parameters.items()
-    }
-    return sharding.read_tensors(path, layouts)
-
-
-def optimizer_tensors(
-    optimizer: DeepSpeedZeroOptimizer_Stage3, named_parameters: dict[str, torch.nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """As `sharding.optimizer_tensors`."""
-    steps = next(iter(optimizer.state.values()))["step"]
-    tensors = {f"{name}|step": steps.clone() for name in named_parameters}
-    for name, parameter in named_parameters.items():
-        for moment in MOMENTS:
-            part = safe_get_local_optimizer_state(parameter, moment)
-            tensors[f"{name}|{moment}"] = as_whole(part, parameter)
-    return tensors
-
-
-def load_optimizer_tensors(
-    optimizer: DeepSpeedZeroOptimizer_Stage3,
-    named_parameters: dict[str, torch.nn.Parameter],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """As `sharding.load_optimizer_tensors`. Moments of parameters that had none in the checkpoint are zero."""
-    steps = next(tensor for name, tensor in tensors.items() if name.endswith("|step"))
-    for group in optimizer.fp32_partitioned_groups_flat:
-        state = {moment: torch.zeros_like(group) for moment in MOMENTS}
-        optimizer.state[group] = state | {"step": steps.to(group.device)}
-    for name, parameter in named_parameters.items():
-        for moment in MOMENTS:
-            if f"{name}|{moment}" in tensors:
-                part = part_of(tensors[f"{name}|{moment}"], parameter)
-                safe_set_local_optimizer_state(parameter, part, moment)
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Moments of parameters that had none in the checkpoint are zero."""
+        steps = next(tensor for name, tensor in tensors.items() if name.endswith("|step"))
+        for group in self.optimizer.fp32_partitioned_groups_flat:
+            state = {moment: torch.zeros_like(group) for moment in MOMENTS}
+            self.optimizer.state[group] = state | {"step": steps.to(group.device)}
+        for name, parameter in self.named_parameters.items():
+            for moment in MOMENTS:
+                if f"{name}|{moment}" in tensors:
+                    part = self.part_of(tensors[f"{name}|{moment}"])
+                    safe_set_local_optimizer_state(parameter, part, moment)

@@ -4,9 +4,11 @@ Every process holds its part of each weight, gradient, optimiser state and avera
 computation are the transformer blocks (`_no_split_modules`), the modules that stay in float32 (`_keep_in_fp32_modules`:
 the depth head), and the rest. Every process writes its part of a checkpoint as safetensors; any number reads it.
 
-The verbs from `backward` on are for a whole model too. finetune/deepspeed_zero.py has the same ones for DeepSpeed.
+`Shards` is what a training loop asks of a model that is shared so, or is whole: `TensorShards` for FSDP2 and for a
+whole model, `ZeroShards` of finetune/deepspeed_zero.py for DeepSpeed.
 """
 
+from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
 
@@ -76,51 +78,147 @@ def shard_root(root: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> N
         fully_shard(module, mesh=mesh, mp_policy=unit_policy, reshard_after_forward=True)
 
 
-def exchange_gradients(model: torch.nn.Module, is_last: bool) -> None:
-    """Whether the next backward pass ends an accumulation, and so exchanges gradients."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(is_last, recurse=False)
+class Shards(ABC):
+    """
+    A model in training and its optimiser, of which each process holds a part, or all.
+
+    Args:
+        model: what computes.
+        optimizer: of the trainable parameters; None where nothing is trained, only filled.
+        named_parameters: the trainable parameters by name.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        named_parameters: dict[str, torch.nn.Parameter],
+    ):
+        self.model, self.optimizer, self.named_parameters = model, optimizer, named_parameters
+
+    @abstractmethod
+    def exchange_gradients(self, is_last: bool) -> None:
+        """Says whether the next backward pass ends an accumulation, and so exchanges gradients."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass of a micro batch."""
+
+    @abstractmethod
+    def step(self, max_grad_norm: float) -> torch.Tensor:
+        """Clips, updates the weights, and returns the norm before clipping."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Has the model compute with what is in the `own_parts`, where something else than a step changed them."""
+
+    @abstractmethod
+    def shape_of(self, parameter: torch.nn.Parameter) -> torch.Size:
+        """The shape of a whole parameter."""
+
+    @abstractmethod
+    def own_part(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The part of a parameter that this process trains; in the same memory."""
+
+    @abstractmethod
+    def as_whole(self, part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """A tensor that is shared as `parameter` is, of the parts that the processes hold."""
+
+    @abstractmethod
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What this process holds of a tensor that `read` returned."""
+
+    @abstractmethod
+    def read(self, path: Path) -> dict[str, torch.Tensor]:
+        """What `write_tensors` wrote, shared as the parameters are."""
+
+    @abstractmethod
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state by `NAME|KEY`."""
+
+    @abstractmethod
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Gives the optimiser the state that `optimizer_tensors` gave and `read` read."""
+
+    @property
+    def own_parts(self) -> list[torch.Tensor]:
+        """What this process holds of the trainable parameters."""
+        return [self.own_part(parameter) for parameter in self.named_parameters.values()]
+
+    def write(self, path: Path, parts: list[torch.Tensor]) -> None:
+        """Writes what the processes hold of tensors that are as the trainable parameters."""
+        named = zip(self.named_parameters.items(), parts)
+        write_tensors(path, {name: self.as_whole(part.detach(), parameter) for (name, parameter), part in named})
+
+    def fill(self, path: Path, parts: list[torch.Tensor]) -> None:
+        """Fills `parts` with what `write` wrote.
+
+        Raises:
+            ValueError: it is of another model; the message names a parameter.
+        """
+        tensors = self.read(path)
+        for (name, parameter), part in zip(self.named_parameters.items(), parts):
+            shape = self.shape_of(parameter)
+            if name not in tensors or tensors[name].shape != shape:
+                raise ValueError(
+                    f"{path.parent} is a checkpoint of another model: its {name} is "
+                    f"{tuple(tensors[name].shape) if name in tensors else 'missing'}, here {tuple(shape)}"
+                )
+            part.detach().copy_(self.part_of(tensors[name]))
 
 
-def backward(model: torch.nn.Module, loss: torch.Tensor) -> None:
-    loss.backward()
+class TensorShards(Shards):
+    """A model sharded by FSDP2, whose parameters are `DTensor`s, or a whole one."""
 
+    def exchange_gradients(self, is_last: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(is_last, recurse=False)
 
-def step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], max_grad_norm: float
-) -> torch.Tensor:
-    """Clips, updates the weights, and returns the norm before clipping."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
 
+    def step(self, max_grad_norm: float) -> torch.Tensor:
+        grad_norm = torch.nn.utils.clip_grad_norm_(list(self.named_parameters.values()), max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
-def publish(model: torch.nn.Module) -> None:
-    """Nothing is to be done after a change of `own_part`s: the model computes with them."""
+    def publish(self) -> None:
+        """Nothing is to be done: the model computes with the parts themselves."""
 
+    def shape_of(self, parameter: torch.nn.Parameter) -> torch.Size:
+        return parameter.shape
 
-def shape_of(parameter: torch.Tensor) -> torch.Size:
-    return parameter.shape
+    def own_part(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach().to_local().requires_grad_() if isinstance(parameter, DTensor) else parameter
 
+    def as_whole(self, part: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if not isinstance(parameter, DTensor):
+            return part
+        layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **layout)
 
-def own_part(parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a parameter that this process holds, all of it where nothing is sharded; in the same memory."""
-    return parameter.detach().to_local().requires_grad_() if isinstance(parameter, DTensor) else parameter
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
+    def read(self, path: Path) -> dict[str, torch.Tensor]:
+        return read_tensors(path, self.named_parameters)
 
-def as_whole(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor that is sharded as `parameter` is, of the parts that the processes hold."""
-    if not isinstance(parameter, DTensor):
-        return part
-    layout = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, **layout)
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Plain counts become integers without a dimension."""
+        return {
+            f"{name}|{key}": torch.as_tensor(value)
+            for name, parameter in self.named_parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
 
-
-def part_of(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that `read_tensors` read for `parameter`."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for full_name, value in tensors.items():
+            name, key = full_name.rsplit("|", 1)
+            parameter = self.named_parameters[name]
+            is_count = value.ndim == 0 and not value.is_floating_point()
+            self.optimizer.state[parameter][key] = value.item() if is_count else value.to(parameter.device)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -161,25 +259,3 @@ def lay_out(tensor: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tenso
         return tensor
     tensor = tensor.to(parameter.device)
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named_parameters: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The optimiser's state by `NAME|KEY`. Plain counts become integers without a dimension."""
-    return {
-        f"{name}|{key}": torch.as_tensor(value)
-        for name, parameter in named_parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named_parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
-) -> None:
-    """Gives the optimiser the state that `optimizer_tensors` gave and `read_tensors` read."""
-    for full_name, value in tensors.items():
-        name, key = full_name.rsplit("|", 1)
-        parameter = named_parameters[name]
-        is_count = value.ndim == 0 and not value.is_floating_point()
-        optimizer.state[parameter][key] = value.item() if is_count else value.to(parameter.device)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -149,7 +148,7 @@ class Trainer:
                 if hasattr(module, "compile_repeated_blocks"):
                     module.compile_repeated_blocks()
         self.prepare(model)
-        self.ema = EMAModel(self.own_parts, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+        self.ema = EMAModel(self.shards.own_parts, decay=config.ema_decay, foreach=True) if config.ema_decay else None
         self.step = 0
         self.folder = Path(config.output)
         if checkpoints(self.folder):
@@ -165,27 +164,23 @@ class Trainer:
         self.running_steps = 0
 
     def prepare(self, model: torch.nn.Module) -> None:
-        """Makes of the model what computes, its trainable parameters by name, the optimiser, and `shards`: the module
-        whose verbs are for such parameters."""
-        config, self.shards = self.config, sharding
+        """Makes of the model what computes, the optimiser, and `shards`, which knows who holds what of them."""
+        config = self.config
         dtype = DTYPES[config.mixed_precision]
         if sharding.is_fsdp_asked():
             sharding.shard(model, self.device, dtype)
         self.prepared = model if self.is_sharded else self.accelerator.prepare(model)
-        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(config, list(self.named_parameters.values()))
+        named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(config, list(named_parameters.values()))
+        shards = sharding.TensorShards
         if sharding.is_deepspeed_asked():
             from finetune import deepspeed_zero  # optional
 
-            self.shards = deepspeed_zero
+            shards = deepspeed_zero.ZeroShards
             self.prepared, self.optimizer = deepspeed_zero.shard(
                 model, self.optimizer, self.accelerator, dtype, config.micro_batch_size, config.max_grad_norm
             )
-
-    @property
-    def own_parts(self) -> list[torch.Tensor]:
-        """What this process holds of the trainable parameters: all, or its shards."""
-        return [self.shards.own_part(parameter) for parameter in self.named_parameters.values()]
+        self.shards = shards(self.prepared, self.optimizer, named_parameters)
 
     @property
     def validates(self) -> bool:
@@ -204,7 +199,7 @@ class Trainer:
             done += len(batch.positions)
             generators = sample_generators(self.config.seed, self.step, batch.positions)
             if self.is_sharded:
-                self.shards.exchange_gradients(self.prepared, is_last=done == share)
+                self.shards.exchange_gradients(is_last=done == share)
             skips = done < share and not self.is_sharded
             with self.accelerator.no_sync(self.prepared) if skips else nullcontext():
                 yield batch, generators, len(batch.positions) / share
@@ -222,14 +217,14 @@ class Trainer:
         sums = defaultdict(float)
         for batch, generators, weight in self.micro_batches(stream):
             loss, logged = losses_of(batch, generators)
-            self.shards.backward(self.prepared, loss * weight)
+            self.shards.backward(loss * weight)
             for name, value in logged.items():
                 sums[name] += value.detach() * weight
         self.update(sums)
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """Learning rate of the next optimiser step."""
         config = self.config
         warm = (self.step + 1) / max(1, config.warmup_steps)
         cool = (config.steps - self.step) / max(1, config.cooldown_steps)
@@ -250,10 +245,9 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        parameters = list(self.named_parameters.values())
-        grad_norm = self.shards.step(self.prepared, self.optimizer, parameters, self.config.max_grad_norm)
+        grad_norm = self.shards.step(self.config.max_grad_norm)
         if self.ema:
-            self.ema.step(self.own_parts)
+            self.ema.step(self.shards.own_parts)
         self.step += 1
 
         for name, value in {**losses, "grad_norm": grad_norm}.items():
@@ -320,24 +314,15 @@ class Trainer:
 
     def write_state(self, folder: Path) -> None:
         """The files of a checkpoint; of a sharded one, each process writes its part."""
-        self.write_parts(folder / "weights", self.own_parts)
-        optimizer = self.shards.optimizer_tensors(self.optimizer, self.named_parameters)
-        sharding.write_tensors(folder / "optimizer", optimizer)
+        self.shards.write(folder / "weights", self.shards.own_parts)
+        sharding.write_tensors(folder / "optimizer", self.shards.optimizer_tensors())
         state = {"step": self.step, "samples": self.step * self.config.batch_size}
         state |= {"processes": self.accelerator.num_processes, "optimizer": self.config.optimizer}
         if self.ema:
-            self.write_parts(folder / "ema", self.ema.shadow_params)
+            self.shards.write(folder / "ema", self.ema.shadow_params)
             state["ema_steps"] = self.ema.optimization_step
         if self.accelerator.is_main_process:
             (folder / "state.json").write_text(json.dumps(state))
-
-    def write_parts(self, path: Path, parts: list[torch.Tensor]) -> None:
-        """Writes what the processes hold of tensors that are as the trainable parameters."""
-        wholes = {
-            name: self.shards.as_whole(part.detach(), parameter)
-            for (name, parameter), part in zip(self.named_parameters.items(), parts)
-        }
-        sharding.write_tensors(path, wholes)
 
     def load(self, folder: Path) -> None:
         """Takes up the state of a checkpoint, of any number of processes.
@@ -346,14 +331,11 @@ class Trainer:
             ValueError: it belongs to another architecture; the message names a parameter.
         """
         state = json.loads((folder / "state.json").read_text())
-        load_weights(self.named_parameters, folder, "weights", self.shards)
-        self.shards.publish(self.prepared)
-        optimizer = self.shards.read_tensors(folder / "optimizer", self.named_parameters)
-        self.shards.load_optimizer_tensors(self.optimizer, self.named_parameters, optimizer)
+        fill(self.shards, folder / "weights", self.shards.own_parts)
+        self.shards.publish()
+        self.shards.load_optimizer_tensors(self.shards.read(folder / "optimizer"))
         if self.ema:
-            averaged = self.shards.read_tensors(folder / "ema", self.named_parameters)
-            for (name, parameter), part in zip(self.named_parameters.items(), self.ema.shadow_params):
-                part.copy_(self.shards.part_of(averaged[name], parameter))
+            fill(self.shards, folder / "ema", self.ema.shadow_params)
             self.ema.optimization_step = state["ema_steps"]
         self.step = state["step"]
 
@@ -363,15 +345,15 @@ class Trainer:
         if self.ema is None:
             yield
             return
-        parameters = self.own_parts
+        parameters = self.shards.own_parts
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
-        self.shards.publish(self.prepared)
+        self.shards.publish()
         try:
             yield
         finally:
             self.ema.restore(parameters)
-            self.shards.publish(self.prepared)
+            self.shards.publish()
 
     def finish(self, report: ReadReport) -> None:
         """Closes the logs, and lists the samples that could not be read."""
@@ -381,34 +363,20 @@ class Trainer:
         self.accelerator.end_training()
 
 
-def load_weights(
-    named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path, kind: str, shards: ModuleType = sharding
-) -> None:
-    """Fills parameters with the "weights" of a checkpoint, or with their averages, "ema".
-
-    Args:
-        shards: the module whose verbs are for these parameters.
-
-    Raises:
-        ValueError: it is a checkpoint of another architecture; the message names a parameter.
-    """
-    weights = shards.read_tensors(checkpoint / kind, named_parameters)
-    for name, parameter in named_parameters.items():
-        shape = shards.shape_of(parameter)
-        if name not in weights or weights[name].shape != shape:
-            raise ValueError(
-                f"{checkpoint} is a checkpoint of another model: its {name} is "
-                f"{tuple(weights[name].shape) if name in weights else 'missing'}, here {tuple(shape)}; "
-                f"{BEGIN_ANEW}"
-            )
-        shards.own_part(parameter).detach().copy_(shards.part_of(weights[name], parameter))
+def fill(shards: sharding.Shards, path: Path, parts: list[torch.Tensor]) -> None:
+    """`Shards.fill`, whose error says what to do."""
+    try:
+        shards.fill(path, parts)
+    except ValueError as error:
+        raise ValueError(f"{error}; {BEGIN_ANEW}") from error
 
 
 def load_result(model: torch.nn.Module, checkpoint: Path) -> None:
     """Fills the trainable parameters of a whole model with the averages of a checkpoint, or where it has none with the
-    weights. Raises ValueError as `load_weights` does."""
+    weights. Raises ValueError as `Shards.fill` does."""
     kind = "ema" if "ema_steps" in json.loads((checkpoint / "state.json").read_text()) else "weights"
-    load_weights({name: p for name, p in model.named_parameters() if p.requires_grad}, checkpoint, kind)
+    named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fill(sharding.TensorShards(model, None, named_parameters), checkpoint / kind, list(named_parameters.values()))
 
 
 def make_optimizer(config: TrainerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

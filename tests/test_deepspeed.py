@@ -111,11 +111,11 @@ def make_trainer(folder: Path, **settings) -> Trainer:
 
 def check_parts(folder: Path) -> None:
     trainer = make_trainer(folder)
-    parameters = trainer.named_parameters.values()
+    parameters = trainer.shards.named_parameters.values()
     assert not any(parameter.numel() for parameter in parameters)
     padding = len(parameters)
     halves = sum(parameter.ds_numel for parameter in parameters) // 2
-    for parts in (trainer.own_parts, trainer.ema.shadow_params):
+    for parts in (trainer.shards.own_parts, trainer.ema.shadow_params):
         assert halves <= sum(part.numel() for part in parts) <= halves + padding
 
 
