@@ -40,14 +40,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
 from finetune import post_train, pretrain
-from finetune.cache import SHARD, EncodedSamples, shard_path
 from finetune.config import load_config, take_flag
-from finetune.encoding import EncodedBatch
-from finetune.models import empty_transformer, read_base, read_token_size
+from finetune.data.cache import SHARD, EncodedSamples, shard_path
+from finetune.data.encoding import EncodedBatch
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
+from finetune.preflight.start_check import check_start
 from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage
-from finetune.start_check import check_start
-from finetune.trainer import Trainer, join_processes
+from finetune.training.models import empty_transformer, read_base, read_token_size
+from finetune.training.trainer import Trainer, join_processes
 from mf_diffusers import DepthProcessor
 from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.modality_forcing.backbones import BACKBONES

@@ -31,9 +31,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which t
 
 from finetune.benchmark import device_name, fill_randomly, peak_memory, report, reset_peak_memory, synchronize
 from finetune.config import load_config
-from finetune.models import FLUX2_TOKEN_SIZE, empty_transformer, read_base
 from finetune.post_train import PostTrainConfig, check
-from finetune.trainer import training_device
+from finetune.training.models import FLUX2_TOKEN_SIZE, empty_transformer, read_base
+from finetune.training.trainer import training_device
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU

@@ -25,9 +25,9 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which the launcher starts
 
 from finetune.config import load_config
-from finetune.data import build_source
-from finetune.image_tasks import ImageTasks
-from finetune.measurements import load_pipeline
+from finetune.data.sources import build_source
+from finetune.measures.image_tasks import ImageTasks
+from finetune.measures.studies import load_pipeline
 from finetune.scene_reader import check_on_scenes, named_objects, reader_at
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.demo import joined

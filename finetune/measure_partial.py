@@ -24,9 +24,9 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which the launcher starts
 
 from finetune.config import load_config
-from finetune.data import build_source
-from finetune.measurements import load_pipeline
-from finetune.partial_tasks import PartialTasks
+from finetune.data.sources import build_source
+from finetune.measures.partial_tasks import PartialTasks
+from finetune.measures.studies import load_pipeline
 from mf_diffusers.files import atomic_write
 from mf_diffusers.visualization import colorize_depth, contact_sheet
 

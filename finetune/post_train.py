@@ -22,21 +22,21 @@ from peft import LoraConfig
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
-from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
-from finetune.dry_run import report_post_training
-from finetune.encoding import EncodedBatch, Encoder
-from finetune.memory import Launch, memory_verdict, post_training_memory
-from finetune.models import (
+from finetune.data.cache import CacheConfig, prepare_samples, weights_hash
+from finetune.data.encoding import EncodedBatch, Encoder
+from finetune.data.source_check import open_data
+from finetune.preflight.dry_run import report_post_training
+from finetune.preflight.memory import Launch, memory_verdict, post_training_memory
+from finetune.preflight.start_check import check_start
+from finetune.training.models import (
     check_architecture,
     empty_transformer,
     live_text_encoder_of_base,
     with_text_of_base,
 )
-from finetune.source_check import open_data
-from finetune.start_check import check_start
-from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
-from finetune.validation import validate
+from finetune.training.trainer import Trainer, TrainerConfig, join_processes, load_result
+from finetune.training.validation import validate
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import save_whole

@@ -24,17 +24,17 @@ from transformers import AutoTokenizer, PreTrainedModel, Qwen2TokenizerFast, T5T
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
 
-from finetune.cache import CacheConfig, prepare_samples, weights_hash
 from finetune.config import arguments_of, check_names, load_config, save_config, take_flag
-from finetune.data import ReadReport, Source
-from finetune.dry_run import report_pretraining
-from finetune.encoding import EncodedBatch, Encoder
-from finetune.memory import memory_verdict, pretraining_memory
-from finetune.models import live_text_encoder, read_token_size
-from finetune.source_check import open_data
-from finetune.start_check import check_start
-from finetune.trainer import Trainer, TrainerConfig, join_processes, load_result
-from finetune.validation import level_losses, log_validation, read_batches
+from finetune.data.cache import CacheConfig, prepare_samples, weights_hash
+from finetune.data.encoding import EncodedBatch, Encoder
+from finetune.data.source_check import open_data
+from finetune.data.sources import ReadReport, Source
+from finetune.preflight.dry_run import report_pretraining
+from finetune.preflight.memory import memory_verdict, pretraining_memory
+from finetune.preflight.start_check import check_start
+from finetune.training.models import live_text_encoder, read_token_size
+from finetune.training.trainer import Trainer, TrainerConfig, join_processes, load_result
+from finetune.training.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import save_whole

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which the launcher starts
 
 from finetune.config import load_config, take_flag
-from finetune.data import build_source
-from finetune.image_tasks import ImageTasks, mean_of
-from finetune.measurements import (
+from finetune.data.sources import build_source
+from finetune.measures.image_tasks import ImageTasks, mean_of
+from finetune.measures.studies import (
     Measurements,
     image_to_depth,
     in_one_and_four_steps,

@@ -21,8 +21,8 @@ from scipy import stats
 sys.path.append(str(Path(__file__).parents[1]))  # running a file puts its folder on the path, not the repository
 
 from finetune.config import load_config, take_flag
-from finetune.data import build_source
-from finetune.measurements import (
+from finetune.data.sources import build_source
+from finetune.measures.studies import (
     Measurements,
     in_one_and_four_steps,
     load_pipeline,

@@ -19,7 +19,7 @@ from rich.progress import track
 
 sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which the launcher starts
 
-from finetune.data import ReadReport, build_source
+from finetune.data.sources import ReadReport, build_source
 from mf_diffusers.errors import errors_as_lines
 from mf_diffusers.files import place_folder, temporary_folder
 

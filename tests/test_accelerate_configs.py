@@ -22,7 +22,7 @@ def test_accelerate_reads(name, kind):
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_nodes"])
 def test_a_launch_asks_for_shards(name, monkeypatch):
-    """What the processes see in their environment is what finetune/sharding.py goes by."""
+    """What the processes see in their environment is what finetune/training/sharding.py goes by."""
     monkeypatch.setattr("accelerate.commands.launch.is_cuda_available", lambda: True, raising=False)
     parsed = launch_command_parser().parse_args(["--config_file", str(FOLDER / f"{name}.yaml"), "train.py"])
     parsed, _, _ = _validate_launch_command(parsed)

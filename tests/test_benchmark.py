@@ -16,7 +16,7 @@ from finetune import benchmark, benchmark_inference
 from finetune.benchmark import PostTrainBenchmark, count_flops
 from finetune.benchmark_inference import InferenceBenchmark, Sampling, measure_task, place, random_pipeline
 from finetune.config import load_config
-from finetune.encoding import EncodedBatch
+from finetune.data.encoding import EncodedBatch
 
 
 BASE = {name: value for name, value in TINY_TRANSFORMER.items() if "depth" not in name}

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from test_training import make_frames
 
-from finetune import cache as cache_module
-from finetune.cache import CacheConfig, encode_samples, shard_path, weights_hash
-from finetune.data import ReadReport, TooManyUnreadableError, build_source
-from finetune.encoding import Encoder
-from finetune.sparsify import thin
-from finetune.trainer import TrainerConfig
+from finetune.data import cache as cache_module
+from finetune.data.cache import CacheConfig, encode_samples, shard_path, weights_hash
+from finetune.data.encoding import Encoder
+from finetune.data.sources import ReadReport, TooManyUnreadableError, build_source
+from finetune.data.sparsify import thin
+from finetune.training.trainer import TrainerConfig
 
 
 SCENES = {"kind": "scenes", "split": "train", "height": 32, "width": 32, "supersample": 1}

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.batches import BatchLoader, BucketBatchSampler, LoaderConfig, fit, thin_as_asked
-from finetune.data import (
+from finetune.data.batches import BatchLoader, BucketBatchSampler, LoaderConfig, fit, thin_as_asked
+from finetune.data.sources import (
     CaptionDraw,
     DepthFormat,
     FolderConfig,

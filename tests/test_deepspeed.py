@@ -29,8 +29,8 @@ from test_training import base, cache, frames, run, settings  # noqa: F401
 from test_training_dit import vae  # noqa: F401
 
 from finetune import post_train, pretrain
-from finetune.start_check import check_start
-from finetune.trainer import Trainer, TrainerConfig
+from finetune.preflight.start_check import check_start
+from finetune.training.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training import SCENES, base, cache, run, settings, weights  # noqa: F401
 
-from finetune import dry_run, memory, models, post_train, pretrain
-from finetune.cache import CacheConfig
+from finetune import post_train, pretrain
 from finetune.config import load_config
+from finetune.data.cache import CacheConfig
 from finetune.post_train import PostTrainConfig, choose_trainable
-from finetune.trainer import Trainer, TrainerConfig
+from finetune.preflight import dry_run, memory
+from finetune.training import models
+from finetune.training.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 from mf_diffusers.precision import DTYPES
@@ -200,7 +202,7 @@ def test_frozen_weights_in_bfloat16(base, cache, tmp_path, monkeypatch, mode):  
 
 
 def test_validation_with_frozen_weights_in_bfloat16(base, cache, tmp_path, monkeypatch):  # noqa: F811
-    from finetune.validation import image_to_depth_metrics
+    from finetune.training.validation import image_to_depth_metrics
 
     config = tmp_path / "empty.yaml"
     config.write_text("{}")

@@ -14,8 +14,8 @@ from conftest import make_pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from finetune.data import FolderConfig, build_source
-from finetune.validation import image_to_depth_metrics
+from finetune.data.sources import FolderConfig, build_source
+from finetune.training.validation import image_to_depth_metrics
 from mf_diffusers import cli
 from mf_diffusers.datasets.folder import Folder
 from mf_diffusers.datasets.frame import Frame

@@ -10,7 +10,7 @@ from dataset_files import write_blendedmvs, write_foundationstereo, write_megade
 from icc_profiles import PROPHOTO, rgb_profile, srgb_of_rgb
 from PIL import Image
 
-from finetune.data import FolderConfig, WebDatasetConfig, build_source
+from finetune.data.sources import FolderConfig, WebDatasetConfig, build_source
 from mf_diffusers.datasets import DATASETS
 from mf_diffusers.datasets.folder import Folder
 from mf_diffusers.input_warning import InputWarning

@@ -9,9 +9,9 @@ from PIL import Image
 
 from finetune import measure_embedded, scene_reader
 from finetune.config import load_config
-from finetune.data import build_source
-from finetune.image_tasks import ImageTasks
+from finetune.data.sources import build_source
 from finetune.measure_embedded import MeasureConfig
+from finetune.measures.image_tasks import ImageTasks
 from finetune.scene_reader import (
     KINDS,
     NO_OBJECT,

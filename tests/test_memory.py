@@ -10,14 +10,15 @@ from test_dry_run import fresh_accelerate  # noqa: F401
 from test_training import base, run, settings  # noqa: F401
 from transformers import Qwen3Config, Qwen3ForCausalLM, UMT5Config, UMT5EncoderModel
 
-from finetune import memory, post_train
-from finetune.cache import CacheConfig
+from finetune import post_train
 from finetune.config import load_config
-from finetune.memory import SHARDED_LAUNCH, Launch
-from finetune.models import live_text_encoder, live_text_encoder_of_base
+from finetune.data.cache import CacheConfig
 from finetune.post_train import PostTrainConfig
+from finetune.preflight import memory
+from finetune.preflight.memory import SHARDED_LAUNCH, Launch
 from finetune.pretrain import PretrainConfig, TextToImage
-from finetune.trainer import TrainerConfig, join_processes
+from finetune.training.models import live_text_encoder, live_text_encoder_of_base
+from finetune.training.trainer import TrainerConfig, join_processes
 
 
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"

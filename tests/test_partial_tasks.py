@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from finetune.data import build_source
+from finetune.data.sources import build_source
 from finetune.measure_partial import completion_sheet, inpainting_sheet
-from finetune.partial_tasks import PartialTasks, hidden_box
+from finetune.measures.partial_tasks import PartialTasks, hidden_box
 
 
 @pytest.fixture

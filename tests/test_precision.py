@@ -8,14 +8,14 @@ import warnings
 import pytest
 import torch
 
-from finetune.trainer import TrainerConfig, training_device
+from finetune.training.trainer import TrainerConfig, training_device
 from mf_diffusers.commands.machine import device_and_dtype
 from mf_diffusers.precision import DTYPES, bfloat16_cost, choose_dtype, computes_in_bfloat16
 
 
 EMULATES = """
 import torch, warnings
-from finetune.trainer import TrainerConfig, training_device
+from finetune.training.trainer import TrainerConfig, training_device
 from mf_diffusers.precision import choose_dtype, computes_in_bfloat16
 warnings.simplefilter("ignore")
 print(computes_in_bfloat16("cpu"), choose_dtype("cpu"), choose_dtype("cpu", torch.bfloat16))

@@ -20,8 +20,8 @@ from dataset_files import (
 from PIL import Image
 from typer.testing import CliRunner
 
-from finetune.batches import BatchLoader, LoaderConfig
-from finetune.data import build_source
+from finetune.data.batches import BatchLoader, LoaderConfig
+from finetune.data.sources import build_source
 from mf_diffusers.cli import app
 from mf_diffusers.datasets import DATASETS
 from mf_diffusers.datasets.prepare import TooManyUnreadableError, prepare_dataset, read_frame

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from finetune import reproduce_claims
-from finetune.data import build_source
-from finetune.measurements import Measurements, over_seeds, table_cell
+from finetune.data.sources import build_source
+from finetune.measures.studies import Measurements, over_seeds, table_cell
 from finetune.reproduce_claims import (
     ClaimsConfig,
     constant_depth,

@@ -27,7 +27,7 @@ from test_training import base, cache, command, frames, run, settings  # noqa: F
 from test_training_dit import TRAINED_ALONG, pretrain_settings, vae  # noqa: F401
 
 from finetune import consolidate, post_train, pretrain
-from finetune.sharding import read_tensors
+from finetune.training.sharding import read_tensors
 from mf_diffusers import ModalityForcingPipeline
 
 

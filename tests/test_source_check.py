@@ -11,8 +11,8 @@ from test_data import SCENES, make_folder, make_shards
 from test_dry_run import fresh_accelerate  # noqa: F401
 from test_sharding import launch
 
-from finetune.source_check import open_sources
-from finetune.trainer import join_processes
+from finetune.data.source_check import open_sources
+from finetune.training.trainer import join_processes
 
 
 def test_whole_shards(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.data.sparsify import SPARSIFIERS, cells, lidar_lines, sensor_holes, thin
 from finetune.scenes import render_scenes
-from finetune.sparsify import SPARSIFIERS, cells, lidar_lines, sensor_holes, thin
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Adafactor
 
-from finetune import consolidate, post_train, pretrain, trainer
+from finetune import consolidate, post_train, pretrain
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
-from finetune.trainer import Trainer, TrainerConfig
+from finetune.training import trainer
+from finetune.training.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import load_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss

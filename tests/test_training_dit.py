@@ -16,8 +16,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from finetune import post_train, pretrain
 from finetune.config import load_config
-from finetune.models import empty_transformer
 from finetune.pretrain import PretrainConfig, train_unigram
+from finetune.training.models import empty_transformer
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.text_features import encode_t5

@@ -7,11 +7,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import SCENES, base, cache, frames, settings  # noqa: F401
 
-from finetune import post_train, pretrain, validation
-from finetune.cache import CacheConfig
-from finetune.data import FolderConfig, ReadReport, ScenesConfig, Source, build_source
-from finetune.encoding import Encoder
-from finetune.validation import LEVELS, image_to_depth_metrics, level_losses, read_batches
+from finetune import post_train, pretrain
+from finetune.data.cache import CacheConfig
+from finetune.data.encoding import Encoder
+from finetune.data.sources import FolderConfig, ReadReport, ScenesConfig, Source, build_source
+from finetune.training import validation
+from finetune.training.validation import LEVELS, image_to_depth_metrics, level_losses, read_batches
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.data import ReadReport, build_source
+from finetune.data.sources import ReadReport, build_source
 from finetune.write_scenes import main
 from mf_diffusers.datasets.folder import Folder
 from mf_diffusers.evaluation.protocol import Protocol

@@ -15,10 +15,18 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune.batches import LoaderConfig, fit, thin_as_asked
-from finetune.data import FolderSource, ReadReport, Source, WebDatasetSource, build_source, is_local, permutation
-from finetune.encoding import EncodedBatch, Encoder, LiveSamples
-from finetune.source_check import raise_together
+from finetune.data.batches import LoaderConfig, fit, thin_as_asked
+from finetune.data.encoding import EncodedBatch, Encoder, LiveSamples
+from finetune.data.source_check import raise_together
+from finetune.data.sources import (
+    FolderSource,
+    ReadReport,
+    Source,
+    WebDatasetSource,
+    build_source,
+    is_local,
+    permutation,
+)
 from mf_diffusers.datasets.folder import METADATA
 from mf_diffusers.files import atomic_write
 from mf_diffusers.modality_forcing.image_processor import processing_size
@@ -38,8 +46,8 @@ class CacheConfig:
         size_rule: "area": they are worked on near the area of that square; "long_side": their longer side is as long as
             the square's, as in the paper.
         text: whether to keep text features too (not when the text encoder is in training).
-        depth_density: share of the pixels whose depth is kept, thinned as `depth_pattern` (finetune/sparsify.py) says;
-            a range [0.01, 1.0] for samples that each draw their own, as in a mixture of dense and sparse data sets.
+        depth_density: share of the pixels whose depth is kept, thinned as `depth_pattern` (sparsify.py) says; a range
+            [0.01, 1.0] for samples that each draw their own, as in a mixture of dense and sparse data sets.
             A source's own settings of these names go before.
     """
 
@@ -185,7 +193,7 @@ def encode_samples(config: CacheConfig, source_config, pipe_config: dict, encode
     work.
 
     Args:
-        source_config: settings of the source (finetune/data.py).
+        source_config: settings of the source (sources.py).
         pipe_config: what else the encoded samples depend on, of the text features for example. The cache is named by
             both, by the weights of the VAE and by the files of the source.
 

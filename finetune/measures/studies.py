@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetune.data import Source
-from finetune.validation import image_to_depth_metrics
+from finetune.data.sources import Source
+from finetune.training.validation import image_to_depth_metrics
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.files import atomic_write
 from mf_diffusers.precision import choose_dtype
@@ -33,11 +33,11 @@ class Measurements:
 
 
 def run_script(name: str, *arguments: str | Path) -> None:
-    """A script of this folder, in a process of its own; it goes on where it was stopped.
+    """A script of finetune/, in a process of its own; it goes on where it was stopped.
 
     Raises SystemExit when it fails: it has said why.
     """
-    done = subprocess.run([sys.executable, Path(__file__).with_name(name), *arguments])
+    done = subprocess.run([sys.executable, Path(__file__).parents[1] / name, *arguments])
     if done.returncode:
         raise SystemExit(done.returncode)
 

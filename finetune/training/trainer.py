@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from tqdm import tqdm
 
-from finetune import sharding
-from finetune.data import ReadReport
-from finetune.encoding import EncodedBatch
+from finetune.data.encoding import EncodedBatch
+from finetune.data.sources import ReadReport
+from finetune.training import sharding
 from mf_diffusers.files import place_folder
 from mf_diffusers.precision import DTYPES, choose_dtype, computes_in_bfloat16
 
@@ -55,7 +55,7 @@ class TrainerConfig:
         resume: go on from the newest checkpoint in `output`; false: a new run, which does not start where there are
             checkpoints.
         memory_gib: what one process may use, in GiB; None: what its device has. A run that needs more by the estimate
-            of finetune/memory.py does not start; 1e6 lets every run start.
+            of finetune/preflight/memory.py does not start; 1e6 lets every run start.
     """
 
     output: str = "outputs/training"
@@ -174,7 +174,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, list(named_parameters.values()))
         shards = sharding.TensorShards
         if sharding.is_deepspeed_asked():
-            from finetune import deepspeed_zero  # optional
+            from finetune.training import deepspeed_zero  # optional
 
             shards = deepspeed_zero.ZeroShards
             self.prepared, self.optimizer = deepspeed_zero.shard(

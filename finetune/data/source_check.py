@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from finetune.data import Source, WebDatasetSource, build_source, is_local
+from finetune.data.sources import Source, WebDatasetSource, build_source, is_local
 
 
 TAR_END = 1024  # bytes: a tar file ends in two empty blocks

@@ -48,7 +48,7 @@ MIXTURE_BLOCK = 1000  # samples after which the shares of a mixture are exact
 
 @dataclass
 class DepthThinning:
-    """How a source's depth is thinned (finetune/sparsify.py), dense as the rendered and sparse as the measured ones of
+    """How a source's depth is thinned (sparsify.py), dense as the rendered and sparse as the measured ones of
     a mixture; what is None is as the settings of all sources say, `cache.depth_density` and `cache.depth_pattern`."""
 
     depth_density: Any = None

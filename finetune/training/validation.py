@@ -10,10 +10,10 @@ import numpy as np
 import PIL.Image
 import torch
 
-from finetune.batches import fit
-from finetune.cache import CacheConfig
-from finetune.data import ReadReport, Source
-from finetune.encoding import EncodedBatch, Encoder
+from finetune.data.batches import fit
+from finetune.data.cache import CacheConfig
+from finetune.data.encoding import EncodedBatch, Encoder
+from finetune.data.sources import ReadReport, Source
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.depth_io import as_depth_map

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from finetune.data import ReadReport, Source, WebDatasetSource
-from finetune.sparsify import thin
+from finetune.data.sources import ReadReport, Source, WebDatasetSource
+from finetune.data.sparsify import thin
 from mf_diffusers.modality_forcing.image_processor import processing_size, resize
 
 
@@ -32,7 +32,7 @@ class LoaderConfig:
         workers: DataLoader workers of each process; 0 reads in the process itself.
         window: steps over which samples are sorted into batches of one size.
         depth_density, depth_pattern: share of the pixels whose depth is kept, or a range of shares, and how it is
-            thinned (finetune/sparsify.py); a source's own go before.
+            thinned (sparsify.py); a source's own go before.
     """
 
     batch_size: int = 8

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.data import ReadReport, Source
-from finetune.sparsify import thin
+from finetune.data.sources import ReadReport, Source
+from finetune.data.sparsify import thin
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.depth_io import as_depth_map
 from mf_diffusers.evaluation.images import DepthEstimator, depth_following, joint_consistency

@@ -5,7 +5,7 @@ computation are the transformer blocks (`_no_split_modules`), the modules that s
 the depth head), and the rest. Every process writes its part of a checkpoint as safetensors; any number reads it.
 
 `Shards` is what a training loop asks of a model that is shared so, or is whole: `TensorShards` for FSDP2 and for a
-whole model, `ZeroShards` of finetune/deepspeed_zero.py for DeepSpeed.
+whole model, `ZeroShards` of finetune/training/deepspeed_zero.py for DeepSpeed.
 """
 
 from abc import ABC, abstractmethod

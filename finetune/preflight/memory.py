@@ -13,9 +13,9 @@ With gradient checkpointing it is D values for each block, and one block in full
 input, though frozen weights do not need theirs, every value in the compute dtype, though norms keep float32, and
 grouped keys and values as wide as the queries that share them.
 
-Processes that share a model in shards (finetune/sharding.py) divide weights, gradients, optimiser and averages. Whole
+Processes that share a model in shards (training/sharding.py) divide weights, gradients, optimiser and averages. Whole
 are the weights that are in use, the teacher, and while micro batches accumulate the gradients, which are exchanged at
-the end. DeepSpeed (finetune/deepspeed_zero.py) exchanges them after every micro batch, gathers weights in float32, and
+the end. DeepSpeed (training/deepspeed_zero.py) exchanges them after every micro batch, gathers weights in float32, and
 has them twice. Left out are its buffers: by its defaults, 5e8 gradients (2 GB) and up to 1e9 gathered weights (4 GB).
 """
 
@@ -30,8 +30,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from finetune.sharding import is_deepspeed_asked, is_sharding_asked, roots
-from finetune.trainer import TrainerConfig
+from finetune.training.sharding import is_deepspeed_asked, is_sharding_asked, roots
+from finetune.training.trainer import TrainerConfig
 from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.precision import DTYPES
 

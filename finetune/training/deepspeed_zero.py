@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 from torch.nn.functional import pad
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from finetune import sharding
+from finetune.training import sharding
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW

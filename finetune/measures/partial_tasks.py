@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from finetune.data import ReadReport, Source
-from finetune.image_tasks import mean_of
-from finetune.sparsify import random_points
+from finetune.data.sources import ReadReport, Source
+from finetune.data.sparsify import random_points
+from finetune.measures.image_tasks import mean_of
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.alignment import align_scale
 from mf_diffusers.evaluation.metrics import depth_metrics

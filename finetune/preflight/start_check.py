@@ -4,8 +4,8 @@ import json
 
 from accelerate import PartialState
 
-from finetune.sharding import is_sharding_asked
-from finetune.trainer import BEGIN_ANEW, TrainerConfig, checkpoints
+from finetune.training.sharding import is_sharding_asked
+from finetune.training.trainer import BEGIN_ANEW, TrainerConfig, checkpoints
 
 
 def check_start(config: TrainerConfig) -> None:

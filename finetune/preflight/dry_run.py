@@ -1,14 +1,14 @@
 """What a run would need, before anything is encoded or trained: `--dry-run` of finetune/post_train.py and pretrain.py.
 
-The formulas of the memory, and what they leave out, are in finetune/memory.py.
+The formulas of the memory, and what they leave out, are in finetune/preflight/memory.py.
 """
 
 from collections import Counter
 
-from finetune.cache import CacheConfig
-from finetune.memory import Launch, post_training_memory, pretraining_memory
-from finetune.models import live_text_encoder, live_text_encoder_of_base
-from finetune.source_check import open_sources
+from finetune.data.cache import CacheConfig
+from finetune.data.source_check import open_sources
+from finetune.preflight.memory import Launch, post_training_memory, pretraining_memory
+from finetune.training.models import live_text_encoder, live_text_encoder_of_base
 from mf_diffusers.precision import DTYPES
 
 
@@ -51,7 +51,7 @@ def report(config, model, needs: dict[str, int], token_size: int, text_bytes: in
         f"parameters: {total:,}, trainable {trained:,}, frozen {total - trained:,}",
         f"memory of one process, a micro batch of {config.trainer.micro_batch_size} at {config.cache.pixels} pixels:",
         *(f"  {size / 2**30:8.2f} GiB  {name}" for name, size in needs.items()),
-        f"  {sum(needs.values()) / 2**30:8.2f} GiB  in all; finetune/memory.py says what is left out",
+        f"  {sum(needs.values()) / 2**30:8.2f} GiB  in all; finetune/preflight/memory.py says what is left out",
     ]
     for name in ("data", "validation_data"):
         if getattr(config, name, None):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import gather_object
 
-from finetune.batches import BatchLoader, LoaderConfig
-from finetune.data import ReadReport, Source
+from finetune.data.batches import BatchLoader, LoaderConfig
+from finetune.data.sources import ReadReport, Source
 from mf_diffusers import DepthProcessor
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens
 
