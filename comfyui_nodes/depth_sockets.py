@@ -1,18 +1,29 @@
 """Raw depth in ComfyUI's sockets: pictures, the maps of an RGB-D latent, point clouds and MoGe geometry.
 
-In an IMAGE, raw depth has three equal channels: float32 in any unit, larger is farther, 0 where it is missing.
+In an IMAGE, raw depth has three equal channels: float32 in any unit, larger is farther, 0 where it is missing, inf
+where it is infinitely far.
 """
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-import mf_diffusers
-from mf_diffusers.geometry import depth_edges, intrinsics_from_fov, point_cloud, save_ply, unproject
+from mf_diffusers.geometry import (
+    EDGE_THRESHOLD,
+    FOV_DEGREES,
+    GRAY,
+    depth_edges,
+    intrinsics_from_fov,
+    point_cloud,
+    save_ply,
+    unproject,
+)
 
 
-GRAY = 0.75  # of points without an image
+if TYPE_CHECKING:
+    from mf_diffusers import DepthProcessor
 
 
 def image_from_depth(depth: torch.Tensor) -> torch.Tensor:
@@ -32,31 +43,42 @@ def depth_from_image(image: torch.Tensor, mask: torch.Tensor | None = None) -> t
     Raises:
         ValueError: a colour picture, or a mask of another size; the message says what to connect instead.
     """
-    channels = image.cpu().float().movedim(-1, 1).nan_to_num()
-    depth = channels[:, :1]
-    if not torch.equal(channels, depth.expand_as(channels)):
+    depth = _known_depth(image, mask)
+    valid = (depth > 0) & torch.isfinite(depth)
+    return torch.where(valid, depth, 0.0), valid
+
+
+def _known_depth(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """As [`depth_from_image`], but inf is kept: (B, 1, H, W)."""
+    channels = image.cpu().float().movedim(-1, 1).nan_to_num(0.0, posinf=torch.inf)
+    depth = channels[:, :1].clamp(min=0)
+    if not torch.equal(channels, channels[:, :1].expand_as(channels)):
         raise ValueError(
             "A colour picture is connected as depth, but colours carry no depth values: connect raw depth, from 'Load "
             "Depth' or 'Decode RGB-D'."
         )
-    valid = (depth > 0) & torch.isfinite(image[..., :1].cpu().movedim(-1, 1))
-    if mask is not None:
-        if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
-            raise ValueError(
-                f"The mask has shape {list(mask.shape)}, the depth {list(depth[:, 0].shape)} (B, H, W): connect the "
-                "mask that belongs to the depth."
-            )
-        valid = valid & (mask.cpu() != 0)[:, None]
-    return torch.where(valid, depth, 0.0), valid
+    if mask is None:
+        return depth
+    if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
+        raise ValueError(
+            f"The mask has shape {list(mask.shape)}, the depth {list(depth[:, 0].shape)} (B, H, W): connect the mask "
+            "that belongs to the depth."
+        )
+    return torch.where((mask.cpu() != 0)[:, None], depth, 0.0)
 
 
 def encode_depth(
-    image: torch.Tensor, mask: torch.Tensor | None, size: tuple[int, int], inverse: bool = False
+    image: torch.Tensor,
+    mask: torch.Tensor | None,
+    size: tuple[int, int],
+    processor: "DepthProcessor",
+    inverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Args:
-        image, mask: see [`depth_from_image`].
+        image, mask: see [`depth_from_image`]; but inf is known depth to a `processor` of infinite depth.
         size: (height, width) to resample to.
+        processor: the model's.
         inverse: values are inverse depth, bright is near.
 
     Returns:
@@ -66,26 +88,25 @@ def encode_depth(
     Raises:
         ValueError: as [`depth_from_image`]; or a map has no valid pixel.
     """
-    depth, valid = depth_from_image(image, mask)
+    depth = _known_depth(image, mask)
     if inverse:
-        depth = torch.where(valid, 1 / depth, 0.0)
-    processor = mf_diffusers.DepthProcessor(patch_size=1)
-    tokens, valid, scale = processor.preprocess(depth, valid, *size)
+        depth = torch.where(depth > 0, 1 / depth, 0.0)
+    contracted, valid, scale = processor.encode(depth, None, *size)
     empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
             f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. Check "
             "the file and its mask, or leave depth out."
         )
-    return torch.where(valid, processor.unpatchify(tokens, *size), 0.0), ~valid, scale
+    return contracted, ~valid, scale
 
 
 def points_from_depth(
     image: torch.Tensor,
     mask: torch.Tensor | None = None,
     colors: torch.Tensor | None = None,
-    fov: float = 55.0,
-    edge_threshold: float | None = 0.1,
+    fov: float = FOV_DEGREES,
+    edge_threshold: float | None = EDGE_THRESHOLD,
 ) -> tuple[list[bytes], dict[str, torch.Tensor]]:
     """
     Args:
@@ -104,7 +125,7 @@ def points_from_depth(
     depth, valid = depth_from_image(image, mask)
     batch_size, height, width = image.shape[:3]
     if colors is None:
-        colors = torch.full((1, height, width, 3), GRAY)
+        colors = torch.full((1, height, width, 3), GRAY / 255)
     if colors.shape[1:3] != image.shape[1:3] or len(colors) not in (1, batch_size):
         raise ValueError(
             f"The image has shape {list(colors.shape)}, the depth {list(image.shape)} (B, H, W, C): connect the image "

@@ -1,7 +1,6 @@
 """A Modality Forcing pipeline in diffusers' layout as ComfyUI's MODEL, CLIP and VAE."""
 
 import contextlib
-import json
 import logging
 import math
 from pathlib import Path
@@ -17,11 +16,13 @@ from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders.flux import Flux2TEModel
 from comfy.text_encoders.llama import BaseLlama, Llama2_, Qwen3_4BConfig
 from diffusers import AutoencoderKLFlux2
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
-from mf_diffusers.embedded import EMBEDDED_MODEL as EMBEDDED_MODEL
+from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
+from mf_diffusers.checkpoint_files import CheckpointFiles
 from mf_diffusers.modality_forcing.conversion import export_published_transformer, load_safetensors
 from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
+from mf_diffusers.modality_forcing.pipeline_files import Part, open_tokenizer, read_pipeline
 
 
 TEXT_ENCODER = "qwen3"
@@ -39,14 +40,21 @@ def load_pipeline(folder: Path):
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: a file is damaged or does not hold what it should.
+        ValueError: a file is damaged or does not hold what it should, which costs no memory; or the model is none that
+            ComfyUI can sample.
     """
-    index = _read_json(folder / "model_index.json")
+    parts = read_pipeline(CheckpointFiles(folder), ModalityForcingPipeline)
+    if parts["transformer"].cls is not ModalityForcingFlux2Transformer2DModel:
+        raise ValueError(
+            f"{folder} holds a {parts['transformer'].cls.__name__}, and ComfyUI has no such model: only those on "
+            "FLUX.2's transformer run here."
+        )
+    settings = parts[""].config
     model = load_model(folder)
-    model.model.sample_size = index["default_sample_size"]
-    model.model.log2_alpha = index["default_log2_alpha"]
-    model.model.depth_far = _read_json(folder / "depth_processor" / "depth_processor_config.json")["far"]
-    clip = load_clip(folder, index) if index["text_encoder"][1] else None
+    model.model.sample_size, model.model.size_rule = settings["default_sample_size"], settings["default_size_rule"]
+    model.model.log2_alpha = settings["default_log2_alpha"]
+    model.model.diffusion_model.depth_processor = DepthProcessor(**parts["depth_processor"].config)
+    clip = load_clip(folder, parts) if "text_encoder" in parts else None
     vae = load_vae(folder / "vae")
     if isinstance(vae.first_stage_model, DiffusersAutoencoder):
         latent_format = model.model.latent_format
@@ -57,8 +65,9 @@ def load_pipeline(folder: Path):
 def load_model(folder: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     weights = export_published_transformer(_load_weights(folder / "transformer"), prefix="")
     model = comfy.sd.load_diffusion_model_state_dict(weights, disable_dynamic=disable_dynamic)
+    files = CheckpointFiles(folder)
     shift, depth_shift = (
-        _read_json(folder / name / "scheduler_config.json")["shift"] for name in ("scheduler", "depth_scheduler")
+        files.read_json(f"{name}/scheduler_config.json")["shift"] for name in ("scheduler", "depth_scheduler")
     )
     if shift != depth_shift:
         raise ValueError(
@@ -91,9 +100,8 @@ class Qwen3(BaseLlama, nn.Module):
 class ChatTokenizer:
     """Prompts as chat turns, padded to one length: what `mf_diffusers` does to them."""
 
-    def __init__(self, folder: Path, length: int):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.length = length
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
+        self.tokenizer, self.length = tokenizer, length
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict:
         turn = self.tokenizer.apply_chat_template(
@@ -117,16 +125,17 @@ class ChatTokenizer:
         return {}
 
 
-def load_clip(folder: Path, index: dict) -> comfy.sd.CLIP:
-    config = _read_json(folder / "text_encoder" / "config.json")
+def load_clip(folder: Path, parts: dict[str, Part]) -> comfy.sd.CLIP:
+    config, settings = parts["text_encoder"].config, parts[""].config
     weights = _load_weights(folder / "text_encoder")
-    tokenizer = ChatTokenizer(folder / "tokenizer", index["max_sequence_length"])
+    tokenizer = open_tokenizer(parts["tokenizer"].cls, folder / "tokenizer", parts["text_encoder"])
+    tokenizer = ChatTokenizer(tokenizer, settings["max_sequence_length"])
 
     def clip_model(device="cpu", dtype=None, model_options={}):  # noqa: B006
         return SDClipModel(
             device=device,
             dtype=dtype,
-            layer=list(index["text_encoder_out_layers"]),
+            layer=list(settings["text_encoder_out_layers"]),
             textmodel_json_config=dict(config),
             special_tokens={"pad": tokenizer.tokenizer.pad_token_id},
             layer_norm_hidden_state=False,
@@ -178,7 +187,7 @@ class DiffusersAutoencoder(nn.Module):
 
 
 def load_vae(folder: Path) -> comfy.sd.VAE:
-    config = _read_json(folder / "config.json")
+    config = CheckpointFiles(folder).read_json("config.json")
     if all(config[key] == value for key, value in FLUX2_AUTOENCODER.items()):
         return comfy.sd.VAE(sd=_load_weights(folder))
     module = DiffusersAutoencoder(AutoencoderKLFlux2.from_pretrained(folder, local_files_only=True)).eval()
@@ -216,19 +225,10 @@ def preview_colours(autoencoder: DiffusersAutoencoder, side: int = 8) -> tuple[l
 
 def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder's safetensors files: one, or several shards."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no .safetensors file: save or download the pipeline again.")
     weights = {}
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         weights |= load_safetensors(file)
     return weights
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: save or download the pipeline again.")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

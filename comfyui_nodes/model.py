@@ -34,18 +34,21 @@ from comfy.ldm.flux.math import attention
 from comfy.ldm.flux.model import Flux
 
 import mf_diffusers
-from mf_diffusers.modality_forcing.conversion import convert_published_transformer
+from mf_diffusers.modality_forcing.conversion import (
+    PUBLISHED_SETTINGS,
+    PUBLISHED_SHIFT_MU,
+    convert_published_transformer,
+)
+from mf_diffusers.modality_forcing.depth_stream import timestep_sinusoids
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import velocity_from_clean
 
 from .run import KEY as RUN
 from .run import sample
-from .streams import DEFAULT_LOG2_ALPHA
 
 
 # What prompts may bring from other nodes.
 UNSUITED_PROMPTS = {"reference_latents": "reference latents", "control": "a ControlNet"}
-SHIFT_MU = 1.1  # of both schedules of the published model
 QK_NORM_EPS = 1e-6  # where ComfyUI's own FLUX.2 takes the dtype's epsilon
 
 
@@ -260,8 +263,6 @@ class DepthFlux(Flux):
         self, image_level: torch.Tensor, depth_level: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Conditioning vectors of image and depth, (B, D) each, in `dtype`."""
-        from mf_diffusers.modality_forcing.depth_stream import timestep_sinusoids  # and diffusers, which takes seconds
-
         # Levels are rounded to the body's dtype first (published model).
         image_proj, depth_proj = (
             timestep_sinusoids(level.to(dtype) * 1000, 256).to(dtype) for level in (image_level, depth_level)
@@ -316,16 +317,21 @@ class ModalityForcing(comfy.model_base.Flux):
     """
     The model that ComfyUI samples: two streams in one nested latent.
 
-    `log2_alpha` is the trajectory, which the node 'Modality Forcing Trajectory' patches; `sample_size` the side of the
-    square, in pixels, whose area the model was made for; `depth_far` the relative depth beyond which is the sky.
+    `log2_alpha` is the trajectory, which the node 'Modality Forcing Trajectory' patches; `sample_size` the size, in
+    pixels, that the model was made for, as `size_rule` reads it; see `processing_size`. A file of weights says nothing
+    of them: they are those of the published model.
     """
 
-    log2_alpha = DEFAULT_LOG2_ALPHA
-    sample_size = 512
-    depth_far = 1000.0
+    log2_alpha = PUBLISHED_SETTINGS["default_log2_alpha"]
+    sample_size = PUBLISHED_SETTINGS["default_sample_size"]
+    size_rule = PUBLISHED_SETTINGS["default_size_rule"]
 
     def __init__(self, model_config, device=None):
         super().__init__(model_config, device=device, unet_model=DepthFlux)
+
+    @property
+    def depth_processor(self):
+        return self.diffusion_model.depth_processor
 
     def check_latent(self, shapes):
         """Raises ValueError where a latent of these shapes is none for this model."""
@@ -386,7 +392,7 @@ class ModalityForcing(comfy.model_base.Flux):
 class ModalityForcingConfig(comfy.supported_models.Flux2):
     """Recognises the weights of a Modality Forcing transformer, and builds the model for them."""
 
-    sampling_settings = {"shift": SHIFT_MU}
+    sampling_settings = {"shift": PUBLISHED_SHIFT_MU}
     latent_format = RGBDLatentFormat
     supported_inference_dtypes = [torch.bfloat16, torch.float32]  # float16 overflows
 

@@ -14,12 +14,15 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 import mf_diffusers
 from mf_diffusers.depth_io import DEPTH_SUFFIXES, read_depth
+from mf_diffusers.embedded import EMBEDDED_MODEL
+from mf_diffusers.geometry import EDGE_THRESHOLD, FOV_DEGREES
+from mf_diffusers.modality_forcing.conversion import PUBLISHED_SETTINGS
 from mf_diffusers.modality_forcing.image_processor import processing_size, resize
 from mf_diffusers.visualization import colorize_depth
 
 from .depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
 from .model import ModalityForcing
-from .streams import DEFAULT_LOG2_ALPHA, DEPTH_STRENGTHS, held_at
+from .streams import DEPTH_STRENGTHS, held_at
 
 
 CATEGORY = "Modality Forcing"
@@ -32,8 +35,8 @@ COLORMAPS = {
     "gray (near bright)": "gray_r",
     "gray (far bright)": "gray",
 }
-# Key in a LATENT: the "size" (height, width) to return, the "scale" (B,) of given depth, and the relative depth "far"
-# beyond which none is valid.
+# Key in a LATENT: the "size" (height, width) to return, the "scale" (B,) of given depth, and the model's
+# "depth_processor".
 INFO = "modality_forcing"
 
 MODEL_TIP = "A Modality Forcing model, from 'Load Diffusion Model' or 'Load Modality Forcing Pipeline'."
@@ -66,7 +69,8 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, pipeline) -> io.NodeOutput:
-        from .loader import EMBEDDED_MODEL, load_pipeline  # and diffusers, which takes seconds and no other node needs
+        # Here, so that a core without the classes of text encoders that it leans on costs this node alone.
+        from .loader import load_pipeline
 
         folder = EMBEDDED_MODEL if pipeline == EMBEDDED else _pipeline_folders()[pipeline]
         if not folder.is_dir():
@@ -109,7 +113,9 @@ class EmptyLatent(io.ComfyNode):
         if working != (height, width):
             logging.warning(f"{height}x{width} (H x W) is no multiple of {token}: made at {working[0]}x{working[1]}.")
         samples = NestedTensor((_zeros(batch_size, channels, rows, columns), _zeros(batch_size, 1, *working)))
-        return io.NodeOutput({"samples": samples, INFO: {"size": (height, width), "far": model.model.depth_far}})
+        return io.NodeOutput(
+            {"samples": samples, INFO: {"size": (height, width), "depth_processor": model.model.depth_processor}}
+        )
 
 
 class Encode(io.ComfyNode):
@@ -135,8 +141,8 @@ class Encode(io.ComfyNode):
                 io.Image.Input(
                     "depth",
                     optional=True,
-                    tooltip="Raw depth to make images of, in any unit: larger is farther; 0, negative, NaN and inf are "
-                    "missing. From 'Load Depth' or 'Decode RGB-D'.",
+                    tooltip="Raw depth to make images of, in any unit: larger is farther; 0, negative and NaN are "
+                    "missing, and so is inf unless the model knows infinite depth. From 'Load Depth' or 'Decode RGB-D'.",
                 ),
                 io.Mask.Input("depth_mask", optional=True, tooltip="1 where depth counts, 0 where it is missing."),
                 io.Latent.Input(
@@ -169,8 +175,9 @@ class Encode(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=16,
-                    tooltip="Side of the square whose area is worked on; aspect ratio and output size remain the "
-                    "input's. 0: the size that the model was made for.",
+                    tooltip="Size to work at, in pixels: the longer side, or for some models, such as the embedded "
+                    "one, the side of a square of the same area. Aspect ratio and output size remain the input's. 0: the "
+                    "size that the model was made for.",
                 ),
             ],
             outputs=[io.Latent.Output()],
@@ -201,7 +208,9 @@ class Encode(io.ComfyNode):
         if image is not None:
             images = _encode_image(vae, image, working, (channels, rows, columns))
         if depth is not None:
-            depths, missing, scale = encode_depth(depth, depth_mask, working, inverse_depth)
+            depths, missing, scale = encode_depth(
+                depth, depth_mask, working, model.model.depth_processor, inverse_depth
+            )
 
         batch_size = max(len(images), len(depths))
         if {len(images), len(depths)} - {1, batch_size}:
@@ -220,7 +229,7 @@ class Encode(io.ComfyNode):
         info = {
             "size": output_size,
             "scale": None if keep == "image" else scale,
-            "far": model.model.depth_far,
+            "depth_processor": model.model.depth_processor,
         }
         return io.NodeOutput({"samples": NestedTensor(streams), INFO: info})
 
@@ -238,7 +247,7 @@ class Trajectory(io.ComfyNode):
                 io.Model.Input("model", tooltip=MODEL_TIP),
                 io.Float.Input(
                     "log2_alpha",
-                    default=DEFAULT_LOG2_ALPHA,
+                    default=PUBLISHED_SETTINGS["default_log2_alpha"],
                     min=-14.0,
                     max=14.0,
                     step=0.5,
@@ -288,7 +297,7 @@ class Decode(io.ComfyNode):
         depths, info = depths.cpu(), latent.get(INFO, {})
         working = tuple(depths.shape[-2:])
         size = info.get("size", working)
-        processor = mf_diffusers.DepthProcessor(patch_size=1, far=info.get("far", ModalityForcing.depth_far))
+        processor = info.get("depth_processor") or mf_diffusers.DepthProcessor(patch_size=1)
         depth, valid = processor.postprocess(processor.patchify(depths), *working, size, info.get("scale"))
         if vae is None:
             image = _blocked(cls, 0, "The image is wanted, but no VAE is connected: connect the VAE of the model.")
@@ -338,7 +347,7 @@ class DepthPoints(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="Colours of the points, of the size of the depth."),
                 io.Float.Input(
                     "fov",
-                    default=55.0,
+                    default=FOV_DEGREES,
                     min=1.0,
                     max=170.0,
                     step=0.5,
@@ -346,7 +355,7 @@ class DepthPoints(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "edge_threshold",
-                    default=0.1,
+                    default=EDGE_THRESHOLD,
                     min=0.0,
                     max=10.0,
                     step=0.01,
@@ -397,7 +406,7 @@ class LoadDepth(io.ComfyNode):
                     min=0.0,
                     max=1e12,
                     step=1.0,
-                    tooltip="A stored value that means 'missing', such as 65535. 0, NaN and inf always do.",
+                    tooltip="A stored value that means 'missing', such as 65535. 0, negative and NaN always do.",
                 ),
             ],
             outputs=[
@@ -497,7 +506,7 @@ def _sizes(model, side: int, image, depth, latent) -> tuple[tuple[int, int], tup
         images, depths = _streams_of(latent)
         return tuple(images.shape[-2:]), (given or [latent.get(INFO, {}).get("size", tuple(depths.shape[-2:]))])[0]
     side = side or model.model.sample_size
-    height, width = processing_size(*given[0], pixels=side * side, multiple=token)
+    height, width = processing_size(*given[0], pixels=side * side, multiple=token, rule=model.model.size_rule)
     return (height // token, width // token), given[0]
 
 

@@ -7,7 +7,6 @@ import torch
 from mf_diffusers.modality_forcing.noise import add_noise, shift_timestep
 
 
-DEFAULT_LOG2_ALPHA = 5.0
 # How loosely a given depth map is followed (paper, partial depth conditioning): log2_alpha of its noise level.
 DEPTH_STRENGTHS = {"rigid": None, "tight": -14.0, "firm": -11.0, "soft": -8.0, "loose": -5.0}
 

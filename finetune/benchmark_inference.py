@@ -36,7 +36,7 @@ from finetune.training.models import FLUX2_TOKEN_SIZE, empty_transformer, read_b
 from finetune.training.trainer import training_device
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.errors import errors_as_lines
-from mf_diffusers.modality_forcing.loaders import PUBLISHED_SHIFT_MU
+from mf_diffusers.modality_forcing.conversion import PUBLISHED_SHIFT_MU
 from mf_diffusers.precision import computes_in_bfloat16
 
 

@@ -14,8 +14,9 @@ from mf_diffusers.checkpoint_files import CheckpointFiles
 from mf_diffusers.files import save_whole
 from mf_diffusers.hub import repository_folder
 from mf_diffusers.modality_forcing.adapter import read_adapter_metadata
+from mf_diffusers.modality_forcing.conversion import PUBLISHED_SHIFT_MU
 from mf_diffusers.modality_forcing.inputs import check_components
-from mf_diffusers.modality_forcing.loaders import PUBLISHED_FILES, PUBLISHED_SHIFT_MU
+from mf_diffusers.modality_forcing.loaders import PUBLISHED_FILES
 from mf_diffusers.modality_forcing.lora import find_lora
 from mf_diffusers.modality_forcing.model_files import read_model
 from mf_diffusers.modality_forcing.pipeline_files import (

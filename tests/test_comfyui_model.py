@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_golden import max_error
 
 from comfyui_nodes.streams import DEPTH_STRENGTHS, held_at
-from mf_diffusers import ModalityForcingFlux2Transformer2DModel
+from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.conversion import export_published_transformer
 from mf_diffusers.modality_forcing.latent_tokens import (
     decode_latents,
@@ -275,6 +275,39 @@ def test_weights_that_are_not_whole(comfy, file):
         weights[f"guidance_in.{part}.weight"] = weights[f"time_in.{part}.weight"].clone()
     with pytest.raises(ValueError, match="guidance-distilled"):
         comfy.sd.load_diffusion_model_state_dict(weights)
+
+
+# The nodes
+
+
+def test_a_pipelines_settings_are_the_models(comfy, pipeline, tmp_path):
+    from comfyui_nodes.loader import load_pipeline
+
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"default_sample_size": 48, "default_size_rule": "long_side", "default_log2_alpha": -2.0}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    settings = {"near": 0.01, "far": 30.0, "infinite_depth": True}
+    DepthProcessor(patch_size=TOKEN, **settings).save_pretrained(tmp_path / "depth_processor")
+    model = load_pipeline(tmp_path)[0].model
+    assert (model.sample_size, model.size_rule, model.log2_alpha) == (48, "long_side", -2.0)
+    assert settings.items() <= dict(model.depth_processor.config).items()
+    assert model.depth_processor.config.patch_size == TOKEN
+    (tmp_path / "transformer" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        load_pipeline(tmp_path)
+
+
+def test_size_is_read_by_the_models_rule(model, monkeypatch):
+    from comfyui_nodes.nodes import Encode
+
+    def encoded():
+        latent = Encode.execute(model, "depth", "rigid", False, 32, depth=torch.ones(1, 38, 50, 3)).result[0]
+        return tuple(latent["samples"].unbind()[1].shape[-2:])
+
+    assert encoded() == (24, 32)
+    monkeypatch.setattr(model.model, "size_rule", "area")
+    assert encoded() == (28, 36)
 
 
 # Sampling

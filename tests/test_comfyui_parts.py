@@ -16,11 +16,12 @@ from comfyui_nodes import core
 from comfyui_nodes.core import OLDEST, WHOLE_PACK, missing, state_of_the_core
 from comfyui_nodes.depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
 from comfyui_nodes.streams import DEPTH_STRENGTHS, Streams, held_at
-from mf_diffusers.modality_forcing.depth_processor import contract
+from mf_diffusers.modality_forcing.depth_processor import DepthProcessor, contract
 from mf_diffusers.modality_forcing.noise import add_noise, shift_timestep, velocity_from_clean
 
 
 PACK = Path(__file__).parents[1] / "comfyui_nodes"
+PROCESSOR = DepthProcessor()
 SHAPES = [(2, 4, 2, 3), (2, 1, 8, 12)]
 
 
@@ -157,18 +158,31 @@ def test_depth_pictures():
 def test_depth_into_model_space():
     image = plane()
     image[:, :2, :3] = 0
-    maps, missing, scale = encode_depth(image, None, (12, 20))
+    maps, missing, scale = encode_depth(image, None, (12, 20), PROCESSOR)
     assert torch.equal(missing[:, 0, :2, :3], torch.ones(2, 2, 3, dtype=torch.bool)) and missing.sum() == 12
     values = image[0, ..., 0]
     assert torch.allclose(scale, values[values > 0].mean())
     torch.testing.assert_close(maps[0, 0][values > 0], contract(values[values > 0] / scale[0]))
     assert not maps[missing].any()
-    inverse, _, _ = encode_depth(1 / image, None, (12, 20), inverse=True)
+    inverse, _, _ = encode_depth(1 / image, None, (12, 20), PROCESSOR, inverse=True)
     torch.testing.assert_close(inverse, maps)
-    assert encode_depth(image, None, (8, 16))[0].shape == (2, 1, 8, 16)
+    assert encode_depth(image, None, (8, 16), PROCESSOR)[0].shape == (2, 1, 8, 16)
     image[1] = 0
     with pytest.raises(ValueError, match="Depth map 1 of the batch has no valid pixel"):
-        encode_depth(image, None, (12, 20))
+        encode_depth(image, None, (12, 20), PROCESSOR)
+
+
+def test_infinite_depth_is_known_to_the_models_that_know_it():
+    image = plane()
+    image[:, :3] = torch.inf
+    maps, missing, scale = encode_depth(image, None, (12, 20), DepthProcessor(infinite_depth=True))
+    assert not missing.any() and (maps[:, :, :3] == 2).all()
+    others, missing_to_others, scale_of_others = encode_depth(image, None, (12, 20), PROCESSOR)
+    assert (missing_to_others == torch.isinf(image[..., :1].movedim(-1, 1))).all()
+    assert torch.equal(scale, scale_of_others) and torch.equal(maps[:, :, 3:], others[:, :, 3:])
+    inverse, missing, _ = encode_depth(1 / image, None, (12, 20), DepthProcessor(infinite_depth=True), inverse=True)
+    assert torch.equal(missing, missing_to_others)  # 0 says nothing
+    torch.testing.assert_close(inverse, others)
 
 
 def test_points():

@@ -16,6 +16,12 @@ from safetensors.torch import save_file
 from ..files import atomic_write
 
 
+PUBLISHED_SHIFT_MU = 1.1
+"""Of the published model's schedules: both modalities are shifted by its exponential."""
+
+PUBLISHED_SETTINGS = {"default_sample_size": 512, "default_size_rule": "long_side", "default_log2_alpha": 5.0}
+"""Of the published model's pipeline."""
+
 # Published key -> diffusers key, N counting blocks. A tuple: the published tensor stacks these along its rows.
 TRANSFORMER_KEYS: dict[str, str | tuple[str, ...]] = {
     "img_in.weight": "x_embedder.weight",

@@ -13,7 +13,12 @@ from ..checkpoint_files import CheckpointFiles
 from ..hub import repository_folder
 from .adapter import pipeline_settings, read_adapter_metadata
 from .backbones import backbone_of
-from .conversion import convert_published_autoencoder, load_safetensors
+from .conversion import (
+    PUBLISHED_SETTINGS,
+    PUBLISHED_SHIFT_MU,
+    convert_published_autoencoder,
+    load_safetensors,
+)
 from .depth_processor import DepthProcessor
 from .model_files import build_empty, check_weights, read_model
 from .pipeline_files import (
@@ -28,8 +33,6 @@ from .pipeline_files import (
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
-# Schedules of the published model: both modalities are shifted by exp(mu), mu = 1.1.
-PUBLISHED_SHIFT_MU = 1.1
 PUBLISHED_FILES = ["model.safetensors", "ae_encoder.safetensors", "ae_decoder.safetensors"]
 # Text encoder of FLUX.2 [klein] by the width of its features (three hidden layers side by side).
 TEXT_ENCODERS = {7680: "Qwen/Qwen3-4B", 12288: "Qwen/Qwen3-8B"}
@@ -112,8 +115,7 @@ class ModalityForcingLoaderMixin:
             text_encoder=text_encoder if is_loaded else None,
             tokenizer=tokenizer,
             depth_processor=DepthProcessor(patch_size=math.isqrt(transformer.config.depth_channels)),
-            default_sample_size=size,
-            default_size_rule="long_side",
+            **PUBLISHED_SETTINGS | {"default_sample_size": size},
         )
         if not is_loaded:
             pipe.load_text_encoder(text_encoder, dtype, **hub)
