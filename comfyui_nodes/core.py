@@ -70,6 +70,7 @@ LEANS_ON = {
         "comfy.sample.prepare_noise": (),
         "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE": (),
         "comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE": (),
+        "comfy.patcher_extension.WrappersMP.PREDICT_NOISE": (),
         "comfy.patcher_extension.add_wrapper": ("is_model_options",),
         "comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL": (),
         "comfy.patcher_extension.WrapperExecutor.new_class_executor": (),

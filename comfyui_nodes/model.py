@@ -369,9 +369,10 @@ class ModalityForcing(comfy.model_base.Flux):
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         """Clean latents as the sampler carries them (B, 1, N), from its state `x` at the noise level `t` (B,)."""
-        x, stream = transformer_options[RUN].whole(x)
-        run = transformer_options[RUN].like(x)
+        run = transformer_options[RUN]
+        x, stream = run.whole(x)
         x, t = run.as_flow(x, t)
+        run = run.like(x)
         image, depth = run.streams.to_model(x, t, run.latent, run.noise)
         levels = run.streams.levels(t)
         dtype = self.get_dtype_inference()

@@ -142,7 +142,8 @@ class Encode(io.ComfyNode):
                     "depth",
                     optional=True,
                     tooltip="Raw depth to make images of, in any unit: larger is farther; 0, negative and NaN are "
-                    "missing, and so is inf unless the model knows infinite depth. From 'Load Depth' or 'Decode RGB-D'.",
+                    "missing, and so is inf unless the model knows infinite depth. From 'Load Depth' or 'Decode "
+                    "RGB-D'.",
                 ),
                 io.Mask.Input("depth_mask", optional=True, tooltip="1 where depth counts, 0 where it is missing."),
                 io.Latent.Input(
@@ -176,8 +177,8 @@ class Encode(io.ComfyNode):
                     max=4096,
                     step=16,
                     tooltip="Size to work at, in pixels: the longer side, or for some models, such as the embedded "
-                    "one, the side of a square of the same area. Aspect ratio and output size remain the input's. 0: the "
-                    "size that the model was made for.",
+                    "one, the side of a square of the same area. Aspect ratio and output size remain the input's. 0: "
+                    "the size that the model was made for.",
                 ),
             ],
             outputs=[io.Latent.Output()],

@@ -34,6 +34,7 @@ NO_FLOW = {
     "sample_res_multistep_ancestral",
     "sample_res_multistep_ancestral_cfg_pp",
 }
+HALF_STEPS = {"sample_dpmpp_2s_ancestral_cfg_pp"}  # of them, those that ask the model half way through a step too
 
 
 class Run:
@@ -46,6 +47,8 @@ class Run:
         latent, noise: packed clean latents and noise (B, 1, N).
         log2_alpha: trajectory of depth that is made together with the image.
         start: the sampler's first noise level, where it has no form for flows.
+
+    `step_from` is the level that the sampler's step began at, while it asks half way through it.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Run:
         start: float | None = None,
     ):
         self.shapes, self.mask, self.latent, self.noise = shapes, mask, latent, noise
-        self.log2_alpha, self.start = log2_alpha, start
+        self.log2_alpha, self.start, self.step_from = log2_alpha, start, None
         self.streams = Streams(shapes, mask, log2_alpha)
         self.state = None  # of the sampler, while guidance is at work
         self._batches = {}
@@ -83,7 +86,7 @@ class Run:
             )
         if (times, batch.device) not in self._batches:
             mask, latent, noise = (x.to(batch.device).repeat(times, 1, 1) for x in (self.mask, self.latent, self.noise))
-            self._batches[times, batch.device] = Run(self.shapes, mask, latent, noise, self.log2_alpha, self.start)
+            self._batches[times, batch.device] = Run(self.shapes, mask, latent, noise, self.log2_alpha)
         return self._batches[times, batch.device]
 
     def as_flow(self, carried: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,11 +94,12 @@ class Run:
         What the sampler hands over at `sigma` (B,) as a state of the flow, and its noise level (B,).
 
         Ancestral samplers without a form for flows leave ``s = 1 - sigma^2 / start`` of the signal beside noise of
-        `sigma`, more than the flow's ``1 - sigma``. Divided by ``s + sigma``, it is a state of the flow again.
+        `sigma`, more than the flow's ``1 - sigma``, and half way through a step from `step_from`
+        ``s = 1 - sigma * step_from / start``. Divided by ``s + sigma``, it is a state of the flow again.
         """
         if self.start is None:
             return carried, sigma
-        total = 1 - sigma**2 / self.start + sigma
+        total = 1 - sigma * (sigma if self.step_from is None else self.step_from) / self.start + sigma
         return carried / total.view(-1, 1, 1), sigma / total
 
     # Guidance
@@ -178,10 +182,13 @@ def sample(
     # 2. What is given is the run's part; of what is made, masks hold parts of the image, which is the sampler's part
     mask = torch.where(run.streams.given, 1.0, mask)
     _prepare_options(guider.model_options, run)
+    wrappers = {}
     if name in STOP_EARLY:
-        comfy.patcher_extension.add_wrapper(
-            comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, _finish, guider.model_options, is_model_options=True
-        )
+        wrappers[comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE] = _finish
+    if name in HALF_STEPS:
+        wrappers[comfy.patcher_extension.WrappersMP.PREDICT_NOISE] = _half_steps(run)
+    for kind, wrapper in wrappers.items():
+        comfy.patcher_extension.add_wrapper(kind, wrapper, guider.model_options, is_model_options=True)
     samples = executor(
         noise,
         run.enter(latent),
@@ -219,6 +226,19 @@ def _finish(
     level = sigmas[-2].expand(len(samples))
     estimate = guider(samples, level, model_options=extra_args["model_options"], seed=extra_args["seed"])
     return estimate if denoise_mask is None else estimate * denoise_mask + latent_image * (1 - denoise_mask)
+
+
+def _half_steps(run: Run):
+    """Wraps `CFGGuider.predict_noise` of a sampler whose every second question is half way through a step."""
+
+    before = None
+
+    def predict(executor, x, level, *args, **kwargs):
+        nonlocal before
+        run.step_from, before = before, level.flatten()[0] if before is None else None
+        return executor(x, level, *args, **kwargs)
+
+    return predict
 
 
 def _prepare_options(options: dict, run: Run):

@@ -499,16 +499,19 @@ def test_better_solvers_are_closer_to_the_limit(sampling):
 class Reference:
     """What a sampler's model is to return, by the method's equations and the library's transformer."""
 
-    def __init__(self, comfy, sampling, log2_alpha, cfg, flow):
-        self.sampling, self.alpha, self.cfg, self.flow = sampling, 2.0**log2_alpha, cfg, flow
+    def __init__(self, sampling, log2_alpha, cfg, name):
+        self.sampling, self.alpha, self.cfg, self.name = sampling, 2.0**log2_alpha, cfg, name
+        self.levels = []
         self.prompts = [sampling.pipeline.encode_prompt(prompt)[0].detach() for prompt in ("a red ball", "")]
         # Samplers ask a model's wrapper for its noise levels.
         model = sampling.model
         self.inner_model = SimpleNamespace(model_patcher=model, inner_model=model.model)
 
     def __call__(self, x, sigma, denoise_mask=None, model_options=None, seed=None):
-        if not self.flow:  # from noise alone: 1 - sigma^2 of the signal beside noise of sigma
-            x, sigma = x / (1 - sigma**2 + sigma), sigma / (1 - sigma**2 + sigma)
+        self.levels.append(sigma)
+        if self.name in NO_FLOW:
+            total = signal_of(self.name, self.levels) + sigma
+            x, sigma = x / total, sigma / total
         image, depth = x.split([self.sampling.image_noise.numel(), self.sampling.depth_noise.numel()], dim=-1)
         image = image.view(self.sampling.image_noise.shape)
         # What is carried is x_t (1 + (a - 1) sigma) / a, and depth's own level a sigma / (1 + (a - 1) sigma).
@@ -529,6 +532,15 @@ class Reference:
 
 
 NO_FLOW = {"ddpm", "dpmpp_2s_ancestral_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp"}
+
+
+def signal_of(name, levels):
+    """The share of the signal in what a sampler hands over at the last of these levels, beside noise of it."""
+    if name not in NO_FLOW:
+        return 1 - levels[-1]
+    # Every second question of this one is half way through a step.
+    begin = levels[-2] if name == "dpmpp_2s_ancestral_cfg_pp" and len(levels) % 2 == 0 else levels[-1]
+    return 1 - levels[-1] * begin
 
 
 def test_samplers_without_a_form_for_flows(sampling, comfy):
@@ -555,7 +567,8 @@ def test_samplers_without_a_form_for_flows(sampling, comfy):
             model, noise, sampling.sigmas(20).clone(), {"seed": 0}, callback=None, disable=True
         )
         sigma, signal, std = torch.tensor(model.seen).T
-        assert torch.allclose(signal, 1 - (sigma**2 if name in NO_FLOW else sigma), atol=0.02), name
+        expected = torch.stack([signal_of(name, sigma[: i + 1]) for i in range(len(sigma))])
+        assert torch.allclose(signal, expected, atol=0.02), name
         assert torch.allclose(std, sigma, atol=0.02), name
         assert (float(end.std()) > 0.1) == (name in ("dpm_fast", "dpm_adaptive")), name
 
@@ -568,7 +581,7 @@ def test_every_sampler_goes_by_the_methods_equations(sampling, comfy, log2_alpha
     for name in comfy.samplers.KSampler.SAMPLERS:
         noise = torch.cat([sampling.image_noise.flatten(), sampling.depth_noise.flatten()])[None, None]
         levels = sigmas.clone()
-        model = Reference(comfy, sampling, log2_alpha, cfg, name not in NO_FLOW)
+        model = Reference(sampling, log2_alpha, cfg, name)
         reference = comfy.samplers.sampler_object(name).sampler_function(
             model, noise, levels, {"seed": 0}, callback=None, disable=True
         )
