@@ -45,8 +45,9 @@ from finetune.data.cache import SHARD, EncodedSamples, shard_path
 from finetune.data.encoding import EncodedBatch
 from finetune.post_train import PostTrainConfig, choose_trainable, make_teacher
 from finetune.preflight.start_check import check_start
-from finetune.pretrain import TOKENIZERS, PretrainConfig, TextToImage
+from finetune.pretrain import PretrainConfig, TextToImage
 from finetune.training.models import empty_transformer, read_base, read_token_size
+from finetune.training.tokenizers import TOKENIZERS
 from finetune.training.trainer import Trainer, join_processes
 from mf_diffusers import DepthProcessor
 from mf_diffusers.errors import errors_as_lines
@@ -182,7 +183,7 @@ def pre_training(config: PretrainConfig, device: torch.device) -> Workload:
     tokenizer = dtype = empty_embeds = None
     if config.pretrained_text_encoder is None:
         words = [f"w{number}" for number in range(config.vocabulary_size)]
-        tokenizer = TOKENIZERS[config.architecture](words, config.vocabulary_size)
+        tokenizer = TOKENIZERS[BACKBONES[config.architecture].text_encoder_class](words, config.vocabulary_size)
     with device:
         model = TextToImage(config, tokenizer)
     token_size = read_token_size(config.vae, config.transformer)

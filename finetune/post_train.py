@@ -62,8 +62,8 @@ class PostTrainConfig:
             the trunk, and the new depth modules.
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
-        extra_depth_decoder_layers: blocks added to the depth decoder of a base that has depth already (architecture
-            "flux2"); they start as the identity.
+        extra_depth_decoder_layers: blocks added to the depth decoder of a base that has depth already, where its
+            architecture can ("flux2"); they start as the identity.
         depth_processor: arguments of the `DepthProcessor` besides the patch size, `infinite_depth` for example.
         text_encoder_out_layers, max_sequence_length, sample_size: of the pipeline that is written.
         validation_samples: how many of the held-out samples a validation takes.
@@ -106,8 +106,8 @@ def check(config: PostTrainConfig) -> None:
     if config.mode not in backbone.training_modes:
         modes = " or ".join(backbone.training_modes)
         raise SystemExit(f"error: architecture={config.architecture} trains with mode={modes}, not {config.mode}")
-    if config.architecture == "dit" and config.extra_depth_decoder_layers:
-        raise SystemExit("error: extra_depth_decoder_layers is for architecture=flux2")
+    if config.extra_depth_decoder_layers and not hasattr(backbone.transformer_class, "deepen_depth_decoder"):
+        raise SystemExit(f"error: architecture={config.architecture} takes no extra_depth_decoder_layers")
     if config.base_dtype not in DTYPES:
         raise SystemExit(f"error: base_dtype {config.base_dtype!r} is neither fp32 nor bf16")
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":

@@ -11,15 +11,14 @@ frozen; the VAE is given and frozen. The result is a pipeline folder, onto which
 
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedModel, Qwen2TokenizerFast, T5TokenizerFast
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # the launcher puts this folder on the path, not the repository
@@ -33,6 +32,7 @@ from finetune.preflight.dry_run import report_pretraining
 from finetune.preflight.memory import memory_verdict, pretraining_memory
 from finetune.preflight.start_check import check_start
 from finetune.training.models import live_text_encoder, read_token_size
+from finetune.training.tokenizers import TOKENIZERS
 from finetune.training.trainer import Trainer, TrainerConfig, join_processes, load_result
 from finetune.training.validation import level_losses, log_validation, read_batches
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
@@ -43,11 +43,6 @@ from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import add_noise, sample_logit_normal
 from mf_diffusers.precision import DTYPES
 from mf_diffusers.visualization import contact_sheet
-
-
-NO_DROPOUT = {"flux2": {}, "dit": {"dropout_rate": 0.0}}  # where it is not a text encoder's default
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 @dataclass
@@ -103,46 +98,6 @@ def check(config: PretrainConfig) -> None:
     check_names("text_encoder", config.text_encoder or {}, known)
 
 
-def train_bpe(captions: list[str], vocabulary_size: int) -> Qwen2TokenizerFast:
-    """A byte-level BPE tokenizer of Qwen's kind, trained on `captions`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    return Qwen2TokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        unk_token=None,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def train_unigram(captions: list[str], vocabulary_size: int) -> T5TokenizerFast:
-    """
-    A Unigram tokenizer of T5's kind: the most frequent words of `captions` whole, by their log-frequency, and whatever
-    else by characters. Counted, because `UnigramTrainer` makes another vocabulary every time, and processes and runs
-    that go on need the same.
-    """
-    split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
-    counts = Counter(word for caption in captions for word, _ in split.pre_tokenize_str(caption) if len(word) > 1)
-    start = ["<pad>", "</s>", "<unk>", "▁"]  # where T5's tokenizer looks for them
-    characters = [chr(code) for code in range(33, 127)]
-    words = counts.most_common(vocabulary_size - len(start) - len(characters))
-    scores = [(word, math.log(count / counts.total())) for word, count in words]
-    rare = -math.log(counts.total()) - 1
-    return T5TokenizerFast(vocab=[*((piece, rare) for piece in [*start, *characters]), *scores], extra_ids=0)
-
-
-TOKENIZERS = {"flux2": train_bpe, "dit": train_unigram}
-
-
 def open_vae(vae: str) -> AutoencoderKLFlux2:
     """See `PretrainConfig.vae`."""
     subfolder = None if (Path(vae) / "config.json").is_file() else "vae"
@@ -152,7 +107,7 @@ def open_vae(vae: str) -> AutoencoderKLFlux2:
         raise SystemExit(f"error: no VAE at {vae}: {error}") from error
 
 
-def open_text_encoder(config: PretrainConfig) -> tuple[PreTrainedModel, Qwen2TokenizerFast | T5TokenizerFast]:
+def open_text_encoder(config: PretrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The frozen text encoder and its tokenizer, from a folder, or the two folders of a pipeline."""
     path, model_class = config.pretrained_text_encoder, BACKBONES[config.architecture].text_encoder_class
     is_pipeline = (Path(path) / "text_encoder").is_dir()
@@ -176,14 +131,15 @@ class TextToImage(torch.nn.Module):
         tokenizer: of the text encoder that trains; None where the text comes as features.
     """
 
-    def __init__(self, config: PretrainConfig, tokenizer: Qwen2TokenizerFast | T5TokenizerFast | None):
+    def __init__(self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast | None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         backbone = BACKBONES[config.architecture]
         self.transformer = backbone.base_class(**config.transformer)
         if tokenizer is not None:
-            arguments = NO_DROPOUT[config.architecture] | config.text_encoder
-            text_config = backbone.text_config_class(vocab_size=len(tokenizer), **arguments)
+            known = arguments_of(backbone.text_config_class)
+            no_dropout = {name: 0.0 for name in ("dropout_rate", "attention_dropout") if name in known}
+            text_config = backbone.text_config_class(vocab_size=len(tokenizer), **no_dropout | config.text_encoder)
             self.text_encoder = backbone.text_encoder_class(text_config)
 
     def forward(
@@ -232,7 +188,8 @@ def micro_batch_losses(config: PretrainConfig, trainer, batch: EncodedBatch, gen
 
 def make_pipeline(
     config: PretrainConfig, model: TextToImage, vae: AutoencoderKLFlux2, text_encoder, tokenizer
-) -> Flux2KleinPipeline | ModalityForcingPipeline:
+) -> DiffusionPipeline:
+    """The text-to-image pipeline of the model's family, or a `ModalityForcingPipeline` without depth."""
     components = {
         "transformer": model.transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=math.exp(config.mu)),
@@ -240,8 +197,9 @@ def make_pipeline(
         "text_encoder": text_encoder,
         "tokenizer": tokenizer,
     }
-    if config.architecture == "flux2":
-        pipe = Flux2KleinPipeline(**components)
+    pipeline_class = BACKBONES[config.architecture].base_pipeline_class
+    if pipeline_class is not None:
+        pipe = pipeline_class(**components)
     else:
         pipe = ModalityForcingPipeline(
             **components,
@@ -281,7 +239,7 @@ def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: 
         num_inference_steps=30,
         guidance_scale=3.0,
         generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
-        **(text if config.architecture == "flux2" else {}),  # the other pipeline knows its text settings
+        **({} if isinstance(pipe, ModalityForcingPipeline) else text),  # ours knows its text settings
     ).images
     half = len(images) // 2
     return contact_sheet([images[:half], images[half:]], cell=max(side, 96))
@@ -352,7 +310,7 @@ def main():
             empty_embeds = encode([""])
     else:
         captions = samples.captions(min(config.cache.samples, 5000))
-        tokenizer = TOKENIZERS[config.architecture](captions, config.vocabulary_size)
+        tokenizer = TOKENIZERS[BACKBONES[config.architecture].text_encoder_class](captions, config.vocabulary_size)
         model = TextToImage(config, tokenizer)
         text_encoder, empty_embeds = model.text_encoder, None
     pipe = make_pipeline(config, model, vae, text_encoder, tokenizer)

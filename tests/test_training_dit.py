@@ -16,8 +16,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from finetune import post_train, pretrain
 from finetune.config import load_config
-from finetune.pretrain import PretrainConfig, train_unigram
+from finetune.pretrain import PretrainConfig
 from finetune.training.models import empty_transformer
+from finetune.training.tokenizers import train_unigram
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.text_features import encode_t5

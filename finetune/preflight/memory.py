@@ -121,9 +121,9 @@ def memory(
     return needs
 
 
-def trunk_blocks(transformer) -> int:
-    """Blocks over all tokens, of either architecture."""
-    return transformer.config.num_layers + transformer.config.get("num_single_layers", 0)
+def repeated_blocks(transformer: torch.nn.Module) -> int:
+    """How many transformer blocks a model has, those of its depth decoder among them."""
+    return sum(type(module).__name__ in transformer._repeated_blocks for module in transformer.modules())
 
 
 def post_training_memory(config, model, text_encoder: int, launch: Launch = ALONE) -> dict[str, int]:
@@ -136,7 +136,7 @@ def post_training_memory(config, model, text_encoder: int, launch: Launch = ALON
     images, width = config.cache.pixels // token_size**2, model.inner_dim
     tokens = config.max_sequence_length + 2 * images
     stacks = [
-        (trunk_blocks(model), tokens, width, c.mlp_ratio),
+        (repeated_blocks(model) - c.num_depth_decoder_layers, tokens, width, c.mlp_ratio),
         (c.num_depth_decoder_layers, images, width, c.mlp_ratio),
     ]
     of_base = (p for name, p in model.named_parameters() if "lora_" not in name and not model.is_depth_parameter(name))
@@ -149,7 +149,7 @@ def pretraining_memory(config, model, token_size: int, text_encoder: int, launch
     """`memory` of a `PretrainConfig` and its `TextToImage` model; `text_encoder` as `post_training_memory` takes it."""
     transformer, length = model.transformer, config.max_sequence_length
     tokens = length + config.cache.pixels // token_size**2
-    stacks = [(trunk_blocks(transformer), tokens, transformer.inner_dim, transformer.config.mlp_ratio)]
+    stacks = [(repeated_blocks(transformer), tokens, transformer.inner_dim, transformer.config.mlp_ratio)]
     if model.tokenizer is not None:
         text = model.text_encoder.config
         mlp_width = getattr(text, BACKBONES[config.architecture].text_mlp_width)

@@ -52,14 +52,14 @@ def read_base_settings(path: str) -> dict:
 
 
 def with_text_of_base(config):
-    """A `PostTrainConfig` with the text settings of its base, where that has its own: a `ModalityForcingPipeline`, or
-    the from-scratch family's before it is there."""
+    """A `PostTrainConfig` with the text settings of its base, where that has its own: a `ModalityForcingPipeline`, or,
+    before it is there, the settings of its pre-training."""
     if config.base_config is not None:
         return config
     try:
         own = DiffusionPipeline.load_config(config.base)
     except OSError:
-        is_known = config.architecture == "dit" and config.base_settings is not None
+        is_known = BACKBONES[config.architecture].base_pipeline_class is None and config.base_settings is not None
         own = read_base_settings(config.base_settings) if is_known else {}
     names = ("text_encoder_out_layers", "max_sequence_length")
     return replace(config, **{name: own[name] for name in names if name in own})

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import Flux2Transformer2DModel
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
 from transformers import Qwen3Config, Qwen3ForCausalLM, UMT5Config, UMT5EncoderModel
 
 from .text_features import encode_qwen3, encode_t5
@@ -21,6 +21,7 @@ class Backbone:
     Args:
         transformer_class: the transformer with depth; its `from_base` grafts depth onto a base.
         base_class: the text-to-image transformer.
+        base_pipeline_class: the text-to-image pipeline; None: a `ModalityForcingPipeline` without depth.
         text_encoder_class, text_config_class: of the text encoder.
         text_mlp_width: the attribute of the text encoder's config that is the width of its MLPs.
         encode_text: texts to features, as `encode_qwen3`.
@@ -31,6 +32,7 @@ class Backbone:
 
     transformer_class: type[torch.nn.Module]
     base_class: type[torch.nn.Module]
+    base_pipeline_class: type[DiffusionPipeline] | None
     text_encoder_class: type[torch.nn.Module]
     text_config_class: type
     text_mlp_width: str
@@ -44,6 +46,7 @@ BACKBONES = {
     "flux2": Backbone(
         transformer_class=ModalityForcingFlux2Transformer2DModel,
         base_class=Flux2Transformer2DModel,
+        base_pipeline_class=Flux2KleinPipeline,
         text_encoder_class=Qwen3ForCausalLM,
         text_config_class=Qwen3Config,
         text_mlp_width="intermediate_size",
@@ -58,6 +61,7 @@ BACKBONES = {
     "dit": Backbone(
         transformer_class=ModalityForcingDiTTransformer2DModel,
         base_class=ModalityForcingDiTTransformer2DModel,
+        base_pipeline_class=None,
         text_encoder_class=UMT5EncoderModel,
         text_config_class=UMT5Config,
         text_mlp_width="d_ff",
