@@ -6,12 +6,37 @@ from scipy.spatial import cKDTree
 
 from mf_diffusers.alignment import align_scale
 
+from .depth_processor import shrink
+from .resampling import resample
+
 
 NEIGHBOURS = 16
 REACH = 0.5  # in mean distances between known pixels
 LOG_DEPTH_REACH = 0.4
 PRIOR = 0.1  # weight of the depth as it was made, against 1 for a known pixel at the same place
 LEAST_DEPTH = 1e-6  # of the depth that was made, whose logarithm is taken
+
+
+def complete(depth: torch.Tensor, resized: torch.Tensor, known: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Depth in the unit of what is known of it, see [`log_correction`], and with what is known as it is.
+
+    Args:
+        depth (`torch.Tensor` of shape (B, 1, h, w)): As it was made, positive.
+        resized (`torch.Tensor` of shape (B, 1, H, W)): The same at the size of what is known.
+        known (`torch.Tensor` of shape (B, 1, H, W)): Positive and finite where `valid`.
+        valid (`torch.Tensor` of shape (B, 1, H, W)): bool; True somewhere in each map.
+
+    Returns:
+        `torch.Tensor` of shape (B, 1, H, W).
+    """
+    correction = log_correction(depth, *shrink(known, valid, tuple(depth.shape[-2:])))
+
+    def with_known(band, columns):
+        made = resized[..., columns] * band.exp()
+        return torch.where(valid[..., columns], known[..., columns], made)
+
+    return resample(correction, tuple(resized.shape[-2:]), "bilinear", with_known)
 
 
 def log_correction(depth: torch.Tensor, known: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

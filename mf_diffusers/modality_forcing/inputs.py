@@ -52,6 +52,13 @@ class GivenImage:
         mean = (pixels * shown).sum(dim=(2, 3), keepdim=True) / shown.sum(dim=(2, 3), keepdim=True).clamp(min=1)
         return torch.where(hidden, mean, pixels)
 
+    def over(self, made: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """Images (N B, 3, H, W) that were made, under the given ones where these are not hidden; of some columns."""
+        repeats = len(made) // len(self.pixels), len(made) // len(self.hidden)
+        pixels = to_unit_range(self.pixels[..., columns]).to(made).repeat_interleave(repeats[0], dim=0)
+        hidden = self.hidden[..., columns].to(made).repeat_interleave(repeats[1], dim=0)
+        return pixels + hidden * (made - pixels)
+
 
 @dataclass
 class GivenDepth:

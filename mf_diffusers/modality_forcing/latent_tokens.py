@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 
 if TYPE_CHECKING:
@@ -21,6 +22,20 @@ def pack_cells(latents: torch.Tensor) -> torch.Tensor:
     batch_size, channels, height, width = latents.shape
     cells = latents.reshape(batch_size, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
     return cells.reshape(batch_size, 4 * channels, -1)
+
+
+def hidden_cells(hidden: torch.Tensor, rows: int, columns: int, channels: int) -> torch.Tensor:
+    """
+    Args:
+        hidden: (B, 1, H, W) in [0, 1], 1 where an image is made anew.
+        channels: of its tokens.
+
+    Returns:
+        Which values of its tokens are made anew, (B, channels, rows * columns), bool: those of each VAE latent of which
+        any pixel is hidden by half or more.
+    """
+    latents = F.adaptive_max_pool2d(hidden, (2 * rows, 2 * columns)) >= 0.5
+    return pack_cells(latents.expand(-1, channels // 4, -1, -1))
 
 
 def tokens_to_latents(vae: "AutoencoderKLFlux2", tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
@@ -15,8 +14,8 @@ from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, 
 
 from .adapter import ModalityForcingAdapterMixin
 from .backbones import backbone_of
-from .completion import log_correction
-from .depth_processor import DepthProcessor, shrink
+from .completion import complete
+from .depth_processor import DepthProcessor
 from .ensemble import ensemble_depth
 from .image_processor import processing_size, resize
 from .inputs import (
@@ -30,12 +29,11 @@ from .inputs import (
     read_depth,
     read_image,
 )
-from .latent_tokens import decode_latents, image_to_tokens, pack_cells, position_ids, tokens_to_latents
+from .latent_tokens import decode_latents, hidden_cells, image_to_tokens, position_ids, tokens_to_latents
 from .loaders import ModalityForcingLoaderMixin
 from .model_files import check_loaded
 from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
-from .resampling import resample, to_unit_range
 from .stream import Stream
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
@@ -233,9 +231,8 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             start = self.prepare_image(image.pixels, len(noise), height, width, device)
         if image is not None and image.hidden is not None:
             known = self.prepare_image(image.without_hidden, len(noise), height, width, device)
-            cells = (len(image.hidden), 1, height // self.vae_scale_factor, width // self.vae_scale_factor)
-            hidden = F.adaptive_max_pool2d(image.hidden.to(device), cells[-2:]) >= 0.5
-            hidden = pack_cells(hidden.expand(-1, known.shape[2] // 4, -1, -1)).transpose(1, 2)
+            rows, columns = height // self.token_size, width // self.token_size
+            hidden = hidden_cells(image.hidden.to(device), rows, columns, channels=known.shape[2]).transpose(1, 2)
             mask = ~hidden.repeat_interleave(len(noise) // len(hidden), dim=0)
         return Stream(noise, scheduler.sigmas, known, mask, start, scheduler)
 
@@ -396,10 +393,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         def finish(band, place):
             band = band / 2 + 0.5
             if given is not None and given.hidden is not None:
-                repeats = len(band) // len(given.pixels), len(band) // len(given.hidden)
-                pixels = to_unit_range(given.pixels[..., place]).to(band).repeat_interleave(repeats[0], dim=0)
-                hidden = given.hidden[..., place].to(band).repeat_interleave(repeats[1], dim=0)
-                band = pixels + hidden * (band - pixels)
+                band = given.over(band, place)
             return (255 * band).round().to(torch.uint8) if output_type == "pil" else band
 
         images = resize(images, output_size, finish)
@@ -434,13 +428,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         if given.is_start:
             return resized * self.depth_processor.scale(known, is_known).view(-1, 1, 1, 1), mask, uncertainty
         is_known = is_known & known.isfinite()
-        correction = log_correction(depth, *shrink(known, is_known, (height, width)))
-
-        def with_known(band, columns):
-            made = resized[..., columns] * band.exp()
-            return torch.where(is_known[..., columns], known[..., columns], made)
-
-        return resample(correction, output_size, "bilinear", with_known), mask | is_known, uncertainty
+        return complete(depth, resized, known, is_known), mask | is_known, uncertainty
 
     @property
     def has_depth(self) -> bool:
