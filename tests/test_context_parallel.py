@@ -1,28 +1,36 @@
-"""The context-parallel plan, on two CPU processes (Ulysses; ring attention needs kernels that only GPUs have)."""
+"""The context-parallel plans, on two CPU processes (Ulysses; ring attention needs kernels that only GPUs have)."""
 
 import os
 import socket
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY_TRANSFORMER, randomize
 from diffusers import ContextParallelConfig, ParallelConfig
+from test_transformer_dit import TINY_DEPTH
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing import spawn
 
-from mf_diffusers import ModalityForcingFlux2Transformer2DModel
+from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 
 
-def worker(rank: int, port: int):
+CONFIGS = {
+    ModalityForcingFlux2Transformer2DModel: TINY_TRANSFORMER,
+    ModalityForcingDiTTransformer2DModel: TINY_DEPTH,  # one key and value head, which the processes cannot share out
+}
+
+
+def worker(rank: int, port: int, model_class: type):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = randomize(ModalityForcingFlux2Transformer2DModel(**TINY_TRANSFORMER)).eval()
+    model = randomize(model_class(**CONFIGS[model_class])).eval()
     inputs = {
         "hidden_states": torch.randn(2, 6, 16),
-        "encoder_hidden_states": torch.randn(2, 4, 48),
+        "encoder_hidden_states": torch.randn(2, 4, model.config.joint_attention_dim),
         "timestep": torch.rand(2),
         "img_ids": position_ids(rows=2, columns=3),
         "txt_ids": position_ids(length=4),
@@ -48,8 +56,9 @@ def worker(rank: int, port: int):
     os._exit(0)
 
 
-def test_ulysses_on_two_processes():
+@pytest.mark.parametrize("model_class", CONFIGS)
+def test_ulysses_on_two_processes(model_class):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(worker, (port,), nprocs=2)
+    spawn(worker, (port, model_class), nprocs=2)

@@ -328,7 +328,7 @@ def test_lora_adapter(model):
     assert all(torch.equal(a, b) for a, b in zip(before, run(model, make_inputs())))
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math"])
+@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash"])
 def test_attention_backends(model, backend):
     before = run(model, make_inputs())
     model.set_attention_backend(backend)

@@ -7,6 +7,7 @@ import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -48,12 +49,14 @@ class ModalityForcingDiTAttnProcessor:
 
         query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
         key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        # Repeated here, because most attention backends, and context parallelism, take no grouped queries.
+        groups = query.shape[2] // key.shape[2]
+        key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
         attn_output = dispatch_attention_fn(
             query,
             key,
             value,
             attn_mask=attention_mask,
-            enable_gqa=True,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
@@ -182,6 +185,16 @@ class ModalityForcingDiTTransformer2DModel(
             "depth_head",
         }
     )
+    _cp_plan = {
+        "": {
+            name: ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
+            for name in ("encoder_hidden_states", "depth_hidden_states", "img_ids", "txt_ids", "depth_ids")
+        },
+        # The latents stay whole, because the velocity is made of them and of the gathered clean latents.
+        "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        "depth_head": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     @register_to_config
     def __init__(
