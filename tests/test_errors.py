@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,9 @@ def photos(tmp_path):
 def start(*arguments, cwd, **environment):
     command = [sys.executable, "-m", "mf_diffusers.cli", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
+    # A shell has jobs in the background ignore interruptions, and so would the tests of such a job.
+    heeds_interruptions = partial(signal.signal, signal.SIGINT, signal.SIG_DFL) if os.name == "posix" else None
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, preexec_fn=heeds_interruptions, **pipes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not have such names")

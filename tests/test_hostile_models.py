@@ -335,7 +335,7 @@ PIPELINE = {
     "text: pickled": (pickled(TEXT), r"text_encoder/model\.safetensors is missing; only safetensors is read"),
     "text: truncated": (cut(TEXT), r"text_encoder/.*not a complete safetensors file"),
     "text: another model": (settings(TEXT_CONFIG, model_type="gpt2"), "model type 'gpt2'; 'qwen3' is needed"),
-    "text: layers a string": (settings(TEXT_CONFIG, num_hidden_layers="4"), "num_hidden_layers' expected int"),
+    "text: layers a string": (settings(TEXT_CONFIG, num_hidden_layers="4"), "num_hidden_layers"),
     "text: layers absurd": (settings(TEXT_CONFIG, num_hidden_layers=HUGE), "num_hidden_layers is 1,000,000,000"),
     "text: width absurd": (settings(TEXT_CONFIG, hidden_size=10**8), "text_encoder/.*describes a model of more"),
     "text: words absurd": (settings(TEXT_CONFIG, vocab_size=10**12), "text_encoder/.*describes a model of more"),

@@ -189,7 +189,10 @@ def build_empty(
     hook = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
-            return cls(**arguments)
+            model = cls(**arguments)
+        if isinstance(model, PreTrainedModel):
+            model.tie_weights()  # transformers 5.0 does so on real devices only
+        return model
     except OverflowError as error:
         raise ValueError(
             f"{where} describes a model of more than {values:,} values, but its weights are {size:,} in "
