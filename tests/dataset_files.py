@@ -232,3 +232,24 @@ def write_parquet(path, rows, types):
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
     pyarrow.parquet.write_table(pa.table(columns), path)
+
+
+def write_png16(path, rows, texts=None):
+    """A 16-bit gray PNG from its specification, not by the library that reads it."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 16, 0, 0, 0, 0)
+    lines = b"".join(b"\0" + struct.pack(f">{len(row)}H", *row) for row in rows)
+    notes = [chunk(b"tEXt", f"{name}\0{text}".encode("latin-1")) for name, text in (texts or {}).items()]
+    parts = [chunk(b"IHDR", header), *notes, chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def write_picture(path, width, height, seed=0, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **settings)
+    return pixels

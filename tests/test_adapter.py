@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER, make_pipeline, randomize
 from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import TINY_TRANSFORMER, make_pipeline, randomize
 
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.adapter import load_adapter, save_adapter

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER
-from test_transformer_dit import TINY
+from tiny import TINY_DIT, TINY_TRANSFORMER
 
 from mf_diffusers.modality_forcing.backbones import BACKBONES, family_of
 
 
-BASES = {"flux2": {name: value for name, value in TINY_TRANSFORMER.items() if "depth" not in name}, "dit": TINY}
+BASES = {"flux2": {name: value for name, value in TINY_TRANSFORMER.items() if "depth" not in name}, "dit": TINY_DIT}
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER, make_pipeline
 from omegaconf import OmegaConf
-from test_dry_run import fresh_accelerate  # noqa: F401
-from test_transformer_dit import TINY, TINY_TEXT_ENCODER
+from tiny import TINY_DIT, TINY_T5, TINY_TRANSFORMER, make_pipeline
 
 from finetune import benchmark, benchmark_inference
 from finetune.benchmark import PostTrainBenchmark, count_flops
 from finetune.benchmark_inference import InferenceBenchmark, Sampling, measure_task, place, random_pipeline
 from finetune.config import load_config
 from finetune.data.encoding import EncodedBatch
+
+
+pytest_plugins = ["training_runs"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 BASE = {name: value for name, value in TINY_TRANSFORMER.items() if "depth" not in name}
@@ -55,8 +57,8 @@ def pretraining(folder: Path, pipeline) -> str:
         folder,
         architecture="dit",
         vae=str(pipeline),
-        transformer=TINY,
-        text_encoder=TINY_TEXT_ENCODER,
+        transformer=TINY_DIT,
+        text_encoder=TINY_T5,
         vocabulary_size=200,
         max_sequence_length=LENGTH,
         cache={"pixels": 1024, "text": False},

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import make_frames
+from training_runs import make_frames
 
 from finetune.data import cache as cache_module
 from finetune.data.cache import CacheConfig, encode_samples, shard_path, weights_hash

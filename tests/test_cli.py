@@ -14,19 +14,18 @@ import pytest
 import torch
 import transformers
 import trimesh
-from conftest import close_depth, make_pipeline, make_tokenizer
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_transformer_dit import TINY_DEPTH
+from tiny import TINY_DEPTH_DIT, close_depth, make_pipeline, make_tokenizer, published_autoencoder
 from typer.testing import CliRunner
 
 from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline, cli
 from mf_diffusers.depth_io import read_depth
 from mf_diffusers.geometry import FOV_DEGREES
 from mf_diffusers.modality_forcing.backbones import BACKBONES
-from mf_diffusers.modality_forcing.conversion import AUTOENCODER_KEYS, export_published_transformer
+from mf_diffusers.modality_forcing.conversion import export_published_transformer
 from mf_diffusers.modality_forcing.transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
@@ -130,31 +129,6 @@ def names(folder):
 
 def metadata(folder):
     return json.loads(Path(folder, "metadata.json").read_text())
-
-
-def published_autoencoder(state_dict, half, depth=2):
-    """The inverse of `convert_published_autoencoder`, for one half."""
-    renamed = {}
-    for key, tensor in state_dict.items():
-        if key.startswith(f"{half}."):
-            key = key.removeprefix(f"{half}.").replace("conv_shortcut", "nin_shortcut")
-            for old, new in AUTOENCODER_KEYS.items():
-                pattern = re.escape(new).replace("N", r"(?P<N>\d+)").replace("M", r"(?P<M>\d+)")
-                found = re.match(pattern, key)
-                if found:
-                    numbers = {name: int(number) for name, number in found.groupdict().items()}
-                    if old.startswith("up."):
-                        numbers["N"] = depth - 1 - numbers["N"]
-                    for name, number in numbers.items():
-                        old = old.replace(f".{name}.", f".{number}.")
-                    key = old + key[found.end() :]
-                    break
-            if re.match(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", key):
-                tensor = tensor[:, :, None, None]
-        elif not key.startswith(("bn.", {"encoder": "quant_conv.", "decoder": "post_quant_conv."}[half])):
-            continue
-        renamed[key] = tensor.contiguous()
-    return renamed
 
 
 def weights(folder):
@@ -687,7 +661,7 @@ def test_folders_and_files_that_are_links(model, photo):
 
 
 def test_the_from_scratch_family_has_no_published_layout():
-    ModalityForcingDiTTransformer2DModel(**TINY_DEPTH).save_pretrained("dit")
+    ModalityForcingDiTTransformer2DModel(**TINY_DEPTH_DIT).save_pretrained("dit")
     assert "the from-scratch family has no published layout" in refuse("convert", "dit", "dit.safetensors")
     assert json.loads(run("info", "dit", "--json").stdout)["kind"] == "diffusers transformer"
 

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_pipeline
 from PIL import Image
+from tiny import make_pipeline
 from typer.testing import CliRunner
 
 from mf_diffusers import cli

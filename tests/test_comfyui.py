@@ -12,9 +12,9 @@ import pytest
 import torch
 import trimesh
 from comfyui_server import Graph, PromptError, Server
-from conftest import TINY_TRANSFORMER, make_pipeline
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import TINY_TRANSFORMER, make_pipeline
 
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.depth_io import read_depth, write_depth

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER, make_pipeline, randomize
 from diffusers import AutoencoderKLFlux2
 from safetensors.torch import load_file, save_file
-from test_golden import max_error
+from tiny import TINY_TRANSFORMER, make_pipeline, max_error, randomize
 
 from comfyui_nodes.streams import DEPTH_STRENGTHS, held_at
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel

@@ -7,9 +7,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY_TRANSFORMER, randomize
 from diffusers import ContextParallelConfig, ParallelConfig
-from test_transformer_dit import TINY_DEPTH
+from tiny import TINY_DEPTH_DIT, TINY_TRANSFORMER, randomize
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing import spawn
 
@@ -19,7 +18,7 @@ from mf_diffusers.modality_forcing.latent_tokens import position_ids
 
 CONFIGS = {
     ModalityForcingFlux2Transformer2DModel: TINY_TRANSFORMER,
-    ModalityForcingDiTTransformer2DModel: TINY_DEPTH,  # one key and value head, which the processes cannot share out
+    ModalityForcingDiTTransformer2DModel: TINY_DEPTH_DIT,  # one key and value head, which processes cannot share
 }
 
 

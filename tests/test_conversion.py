@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER, randomize
 from safetensors.torch import load_file, save_file
+from tiny import TINY_TRANSFORMER, randomize
 
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.conversion import (

@@ -10,28 +10,28 @@ import torch
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from conftest import TINY_TRANSFORMER
-from test_dry_run import fresh_accelerate  # noqa: F401
-from test_sharding import (
+from sharded_runs import (
     arguments_of,
     assert_consolidates,
     assert_follows,
     begin,
     curve_of,
     launch,
-    one,  # noqa: F401
     relative_distance,
-    start,  # noqa: F401
     take_up,
     train,
 )
-from test_training import base, cache, frames, run, settings  # noqa: F401
-from test_training_dit import vae  # noqa: F401
+from tiny import TINY_TRANSFORMER
+from training_runs import run, settings
 
 from finetune import post_train, pretrain
 from finetune.preflight.start_check import check_start
 from finetune.training.trainer import Trainer, TrainerConfig
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel
+
+
+pytest_plugins = ["sharded_runs"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 deepspeed = pytest.importorskip("deepspeed")
@@ -63,7 +63,7 @@ def in_deepspeed(variables: dict[str, str], function: Callable, *args) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(vae, start, one):  # noqa: F811
+def runs(vae, start, one):
     """The folder of a run in one process, and of the same in two under DeepSpeed."""
     begin(start, one.parent / "two")
     launch_deepspeed(2, train, "pretrain", arguments_of(vae, one.parent / "two"), one.parent, True)
@@ -78,21 +78,21 @@ def test_two_processes_follow_one(runs):
     assert state["processes"] == 2
 
 
-def test_validation_sees_the_averages(vae, start, runs, tmp_path):  # noqa: F811
+def test_validation_sees_the_averages(vae, start, runs, tmp_path):
     begin(start, tmp_path / "one")
     train("pretrain", arguments_of(vae, tmp_path / "one"), tmp_path, validates=True)
     ours, theirs = (curve_of(folder, "validation/rgb_loss_at_0.5") for folder in (runs / "two", tmp_path / "one"))
     assert ours.keys() == {4, 6} and ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_run_of_two_goes_on_in_one_process_without_deepspeed(vae, runs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_of_two_goes_on_in_one_process_without_deepspeed(vae, runs, tmp_path, monkeypatch):
     take_up(runs / "two", tmp_path / "one")
     run(pretrain, arguments_of(vae, tmp_path / "one"), tmp_path, monkeypatch)
     assert_follows(tmp_path / "one", runs / "one")
 
 
 @pytest.mark.parametrize("stopped", ["one", "two"])
-def test_a_run_goes_on_in_two_with_deepspeed(vae, runs, tmp_path, stopped):  # noqa: F811
+def test_a_run_goes_on_in_two_with_deepspeed(vae, runs, tmp_path, stopped):
     take_up(runs / stopped, tmp_path / "two")
     launch_deepspeed(2, train, "pretrain", arguments_of(vae, tmp_path / "two"), tmp_path)
     assert_follows(tmp_path / "two", runs / "one")
@@ -133,7 +133,7 @@ POST_TRAININGS = {
 
 
 @pytest.mark.parametrize("kind", POST_TRAININGS)
-def test_post_training_of_flux2(base, cache, frames, fresh_accelerate, tmp_path, monkeypatch, kind):  # noqa: F811
+def test_post_training_of_flux2(base, cache, frames, fresh_accelerate, tmp_path, monkeypatch, kind):
     def arguments(output):
         chosen = {"steps": 4, "batch_size": 8, "max_grad_norm": 1e9, "warmup_steps": 0}
         return [*settings(base, cache, tmp_path / output, frames, **chosen), *POST_TRAININGS[kind]]

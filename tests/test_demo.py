@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_pipeline
 from PIL import Image
+from tiny import make_pipeline
 from typer.testing import CliRunner
 
 from finetune.scenes import VOCABULARY, render_scenes

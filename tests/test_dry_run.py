@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import TINY_TRANSFORMER, make_pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from test_training import SCENES, base, cache, run, settings, weights  # noqa: F401
+from tiny import TINY_TRANSFORMER, make_pipeline
+from training_runs import SCENES, run, settings, weights
 
 from finetune import post_train, pretrain
 from finetune.config import load_config
@@ -24,15 +23,11 @@ from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise,
 from mf_diffusers.precision import DTYPES
 
 
+pytest_plugins = ["training_runs"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Runs of one process share accelerate's state, which keeps the precision of the first."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def loss_of(pipe, transformer, batch_size=2, text_length=64):
@@ -123,7 +118,7 @@ def test_klein_settings(name, base_billions, billions, mode, monkeypatch, capsys
     assert sum(c for n, c in counts.items() if "depth" not in n) / 1e9 == pytest.approx(base_billions, abs=0.1)
 
 
-def test_a_dry_run_reads_the_data_and_writes_nothing(base, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_dry_run_reads_the_data_and_writes_nothing(base, tmp_path, monkeypatch, capsys):
     frames = tmp_path / "frames"
     frames.mkdir()
     for name, size in (("a", (48, 32)), ("b", (32, 32))):
@@ -145,7 +140,7 @@ def test_a_dry_run_reads_the_data_and_writes_nothing(base, tmp_path, monkeypatch
     run(post_train, [*arguments, "trainer.batch_size=8", "trainer.steps=1"], tmp_path, monkeypatch)
 
 
-def test_the_cache_is_as_large_as_announced(base, tmp_path, monkeypatch):  # noqa: F811
+def test_the_cache_is_as_large_as_announced(base, tmp_path, monkeypatch):
     run(post_train, settings(base, tmp_path / "cache", tmp_path / "run", steps=1), tmp_path, monkeypatch)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     config = CacheConfig(samples=8, pixels=1024)
@@ -153,7 +148,7 @@ def test_the_cache_is_as_large_as_announced(base, tmp_path, monkeypatch):  # noq
     assert announced < on_disk < 1.1 * announced
 
 
-def test_a_dry_run_of_pretraining(base, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_dry_run_of_pretraining(base, tmp_path, monkeypatch, capsys):
     transformer = {k: v for k, v in TINY_TRANSFORMER.items() if "depth" not in k}
     arguments = [
         f"vae={base / 'vae'}",
@@ -167,7 +162,7 @@ def test_a_dry_run_of_pretraining(base, tmp_path, monkeypatch, capsys):  # noqa:
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_frozen_weights_in_bfloat16(base, cache, tmp_path, monkeypatch, mode):  # noqa: F811
+def test_frozen_weights_in_bfloat16(base, cache, tmp_path, monkeypatch, mode):
     dtypes = {}
 
     def watch(*args):
@@ -201,7 +196,7 @@ def test_frozen_weights_in_bfloat16(base, cache, tmp_path, monkeypatch, mode):  
     assert pipe("a cat", num_inference_steps=1, output_type="np").depth.shape == (1, 32, 32)
 
 
-def test_validation_with_frozen_weights_in_bfloat16(base, cache, tmp_path, monkeypatch):  # noqa: F811
+def test_validation_with_frozen_weights_in_bfloat16(base, cache, tmp_path, monkeypatch):
     from finetune.training.validation import image_to_depth_metrics
 
     config = tmp_path / "empty.yaml"
@@ -226,6 +221,6 @@ def test_validation_with_frozen_weights_in_bfloat16(base, cache, tmp_path, monke
         (["--dry-run", "base=nowhere/at/all"], "no base at nowhere/at/all"),
     ],
 )
-def test_wrong_settings(base, cache, tmp_path, monkeypatch, arguments, message):  # noqa: F811
+def test_wrong_settings(base, cache, tmp_path, monkeypatch, arguments, message):
     with pytest.raises(SystemExit, match=message):
         run(post_train, [*settings(base, cache, tmp_path / "run"), *arguments], tmp_path, monkeypatch)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_pipeline
 from PIL import Image
+from tiny import make_pipeline
 from typer.main import get_command
 
 from mf_diffusers.cli import app

@@ -10,8 +10,9 @@ import OpenEXR
 import pytest
 import torch
 from accelerate import PartialState, debug_launcher
-from conftest import make_pipeline
+from evaluation_runs import SIZE, STEPS, call, make_data, truth, write_lines
 from PIL import Image
+from tiny import make_pipeline
 from typer.testing import CliRunner
 
 from finetune.data.sources import FolderConfig, build_source
@@ -37,33 +38,7 @@ from mf_diffusers.evaluation.run import evaluate
 from mf_diffusers.input_warning import InputWarning
 
 
-SIZE = (24, 32)
-STEPS = 2
-
-
-def truth(number, size=SIZE):
-    """Smooth, from 1 to 5 metres, another for every number, with a hole."""
-    y, x = np.mgrid[: size[0], : size[1]] / max(size)
-    depth = 3 + 2 * np.sin(3 * x + number) * np.cos(2 * y)
-    depth[:3, :3] = 0
-    return depth.astype(np.float32)
-
-
-def make_data(path, length=5):
-    """A folder of frames with depth."""
-    path.mkdir()
-    lines = []
-    for number in range(length):
-        pixels = np.random.default_rng(number).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path / f"{number}.png")
-        np.save(path / f"{number}.npy", truth(number))
-        lines.append({"file_name": f"{number}.png", "depth_file_name": f"{number}.npy"})
-    write_lines(path, lines)
-    return path
-
-
-def write_lines(path, lines):
-    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+pytest_plugins = ["evaluation_runs"]
 
 
 def make_predictions(path, length=5, spread=0.05):
@@ -73,11 +48,6 @@ def make_predictions(path, length=5, spread=0.05):
         noise = np.random.default_rng([number, 1]).normal(size=SIZE)
         np.save(path / f"{number}.npy", (0.3 * truth(number) + 0.2 + spread * noise).astype(np.float32))
     return path
-
-
-@pytest.fixture
-def data(tmp_path):
-    return make_data(tmp_path / "data")
 
 
 @pytest.fixture
@@ -95,10 +65,6 @@ def model(tmp_path_factory):
 def score(data, predictions, output, alignment="robust", limit=None, **protocol):
     predictor = FolderPredictor(predictions, disparity=alignment == "disparity")
     return evaluate(Folder(data), Protocol("folder", alignment, **protocol), predictor, output, limit)
-
-
-def call(*arguments):
-    return CliRunner().invoke(cli.app, ["evaluate", "--dataset", "folder", *map(str, arguments)])
 
 
 def files(folder):

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_pipeline
-from test_benchmarks import write_picture, write_png16
-from test_evaluate import STEPS, call, data, truth  # noqa: F401 (a fixture among them)
+from dataset_files import write_picture, write_png16
+from evaluation_runs import STEPS, call, truth
+from tiny import make_pipeline
 
 from mf_diffusers.alignment import align_scale
 from mf_diffusers.datasets.completion import KITTICompletion, SparseFolder
@@ -17,6 +17,9 @@ from mf_diffusers.evaluation.metrics import completion_metrics, depth_metrics
 from mf_diffusers.evaluation.predictors import InterpolationPredictor, ModelPredictor, interpolated
 from mf_diffusers.evaluation.protocol import Protocol
 from mf_diffusers.evaluation.run import evaluate
+
+
+pytest_plugins = ["evaluation_runs"]
 
 
 def completion(benchmark="folder", **settings):
@@ -135,7 +138,7 @@ def test_interpolation():
         interpolated(0 * plane)
 
 
-def test_runs_of_the_methods(pipe, data, tmp_path):  # noqa: F811
+def test_runs_of_the_methods(pipe, data, tmp_path):
     protocol = completion(points=40)
     methods = {
         "model": ModelPredictor(pipe, {}, steps=STEPS),
@@ -164,7 +167,7 @@ def test_runs_of_the_methods(pipe, data, tmp_path):  # noqa: F811
         evaluate(Folder(data), completion(points=41), methods["model"], tmp_path / "model")
 
 
-def test_command(data, tmp_path):  # noqa: F811
+def test_command(data, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "tiny")
     task = ["--data", data, "--task", "completion", "--points", "40"]
     for method, source in (("interpolation", []), ("fitted", ["--model", tmp_path / "tiny", "--steps", "1"])):

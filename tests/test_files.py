@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
 from safetensors.torch import save_file
+from tiny import make_pipeline
 
 from mf_diffusers.files import ESCAPED, atomic_write, legal_name, place_folder, save_whole, temporary_folder
 from mf_diffusers.modality_forcing.adapter import save_adapter

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from tiny import make_tokenizer, max_error
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
@@ -45,12 +45,6 @@ def pipe(transformer):
         tokenizer=None,
         depth_processor=DepthProcessor(),
     )
-
-
-def max_error(ours, reference):
-    error = (ours - reference).abs().max().item()
-    print(f"max error {error:.1e}")  # shown by pytest -rP
-    return error
 
 
 def max_relative_error(ours, reference):

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from test_cli import published_autoencoder
+from tiny import make_pipeline, published_autoencoder
 
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.checkpoints import load_pipeline, read_checkpoint

@@ -63,3 +63,14 @@ def test_folders_of_the_training_import_only_lower_ones():
     assert {name.split(".")[1] for name in names if name.count(".") > 1} == set(FOLDERS) - {"config", "scripts"}
     upward = [(a, b) for a in names for b in imported(a) if b.startswith("finetune.") and floor(b) > floor(a)]
     assert not upward
+
+
+def test_tests_import_no_tests():
+    """What they share is in modules that are no tests, whose fixtures they ask for as plugins."""
+    importing = [
+        path.name
+        for path in sorted((ROOT / "tests").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("test_", "conftest"))
+    ]
+    assert not importing

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import make_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from tiny import make_pipeline
 
 from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.modality_forcing.lora import linear_layers

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
-from test_dry_run import fresh_accelerate  # noqa: F401
-from test_training import base, run, settings  # noqa: F401
+from tiny import make_pipeline
+from training_runs import run, settings
 from transformers import Qwen3Config, Qwen3ForCausalLM, UMT5Config, UMT5EncoderModel
 
 from finetune import post_train
@@ -19,6 +18,10 @@ from finetune.preflight.memory import SHARDED_LAUNCH, Launch
 from finetune.pretrain import PretrainConfig, TextToImage
 from finetune.training.models import live_text_encoder, live_text_encoder_of_base
 from finetune.training.trainer import TrainerConfig, join_processes
+
+
+pytest_plugins = ["training_runs"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
@@ -109,7 +112,7 @@ def test_klein_4b_on_48_gib():
     assert all(1.2 * float(words[0]) <= 48 for words in found)
 
 
-def test_a_frozen_text_encoder_counts_where_there_is_no_cache(base):  # noqa: F811
+def test_a_frozen_text_encoder_counts_where_there_is_no_cache(base):
     config = load_config(PretrainConfig, ["--config", str(CONFIGS / "dit_370m.yaml")])
     with torch.device("meta"):
         model, umt5_xxl = TextToImage(config, None), UMT5EncoderModel(UMT5Config(**UMT5_XXL))
@@ -146,7 +149,7 @@ def test_the_text_encoders_of_klein(klein, sizes):
     assert live_text_encoder_of_base(config) == sum(p.numel() for p in qwen3.parameters())
 
 
-def test_a_run_that_does_not_fit_stops_before_anything_is_written(base, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_that_does_not_fit_stops_before_anything_is_written(base, tmp_path, monkeypatch, capsys):
     arguments = [*settings(base, tmp_path / "cache", tmp_path / "run"), "trainer.memory_gib=0.001"]
     with pytest.raises(SystemExit, match=r"error: memory: does not fit: .* 0.00 GiB[^1]*trainer.memory_gib=1e6"):
         run(post_train, arguments, tmp_path, monkeypatch)

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER, randomize
 from diffusers import Flux2Transformer2DModel
+from tiny import TINY_TRANSFORMER, randomize
 
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.noise import add_noise

@@ -4,8 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import close_depth, make_pipeline
-from test_transformer_dit import make_dit_pipeline
+from tiny import close_depth, make_dit_pipeline, make_pipeline
 
 from mf_diffusers.modality_forcing.completion import log_correction
 from mf_diffusers.modality_forcing.depth_processor import DepthProcessor, shrink

@@ -7,12 +7,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import close_depth, make_pipeline
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.callbacks import PipelineCallback
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from tiny import close_depth, make_pipeline
 
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline
 from mf_diffusers.modality_forcing.noise import shift_timestep

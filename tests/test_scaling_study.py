@@ -10,9 +10,8 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import make_pipeline
 from safetensors.torch import load_file
-from test_transformer_dit import TINY, TINY_TEXT_ENCODER
+from tiny import TINY_DIT, TINY_T5, make_pipeline
 
 from finetune import scaling_study
 from finetune.scaling_study import METRICS, ScalingConfig, draw_figure, fit, measure, write_tables
@@ -57,8 +56,8 @@ def tiny_study(tmp_path, monkeypatch) -> ScalingConfig:
     cache = {"folder": str(tmp_path / "cache"), "samples": 8, "pixels": 1024}
     common = {"architecture": "dit", "data": scenes, "max_sequence_length": 12, "cache": cache}
     rung = {
-        "transformer": {name: list(v) if isinstance(v, tuple) else v for name, v in TINY.items()},
-        "text_encoder": dict(TINY_TEXT_ENCODER),
+        "transformer": {name: list(v) if isinstance(v, tuple) else v for name, v in TINY_DIT.items()},
+        "text_encoder": dict(TINY_T5),
         "vocabulary_size": 200,
         "cache": cache | {"text": False},
     }

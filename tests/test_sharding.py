@@ -1,153 +1,36 @@
-"""Sharded runs (FSDP2) on CPU processes: they follow one process, go on in any number, and come together again.
-
-All processes but those that are killed are forked from a server that has imported the scripts: importing them in each
-would take longer than the runs.
-"""
+"""Sharded runs (FSDP2) on CPU processes: they follow one process, go on in any number, and come together again."""
 
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_dry_run import fresh_accelerate  # noqa: F401
-from test_training import base, cache, command, frames, run, settings  # noqa: F401
-from test_training_dit import TRAINED_ALONG, pretrain_settings, vae  # noqa: F401
+from sharded_runs import (
+    ENVIRONMENT,
+    arguments_of,
+    assert_consolidates,
+    assert_follows,
+    begin,
+    consolidated,
+    launch,
+    relative_distance,
+    take_up,
+    train,
+)
+from training_runs import command, run, settings
 
-from finetune import consolidate, post_train, pretrain
-from finetune.training.sharding import read_tensors
-from mf_diffusers import ModalityForcingPipeline
-
-
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1"}
-SCRIPTS = {"pretrain": pretrain, "post_train": post_train}
-
-
-def launch(processes: int, function: Callable, *args) -> None:
-    """Calls `function(*args)` in processes that find one another as those of a launcher do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # some versions of Python give the server no other
-        multiprocessing.forkserver.ensure_running()
-    spawned = torch.multiprocessing.start_processes(
-        in_process, (processes, port, function, args), processes, join=False, start_method="forkserver"
-    )
-    while not spawned.join(timeout=300):
-        pass
+from finetune import post_train, pretrain
 
 
-def in_process(rank: int, processes: int, port: int, function: Callable, args: tuple) -> None:
-    os.environ |= ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
-    os.environ |= {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    torch.set_num_threads(1)
-    function(*args)
-
-
-def train(script: str, arguments: list[str], folder: Path, validates: bool = False) -> None:
-    """Training; the pictures of validations cost more than these runs do."""
-    (folder / "empty.yaml").write_text("{}")
-    module = SCRIPTS[script]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, "--config", str(folder / "empty.yaml"), *arguments])
-        if validates:
-            patch.setattr(module, "picture_grid", lambda *_: Image.new("RGB", (8, 8)))
-        else:
-            patch.setattr(module, "validate", lambda *_: None)
-        module.main()
-
-
-def curve_of(run_folder: Path, scalar: str = "loss") -> dict[int, float]:
-    curve = {}
-    for path in sorted(run_folder.glob("logs/**/events*"), key=lambda path: path.stat().st_mtime):
-        curve |= {event.step: event.value for event in EventAccumulator(str(path)).Reload().Scalars(scalar)}
-    return curve
-
-
-def tensors_of(pipeline: Path) -> dict[str, torch.Tensor]:
-    files = sorted(pipeline.rglob("*.safetensors"))
-    return {f"{path.relative_to(pipeline)}:{name}": t for path in files for name, t in load_file(path).items()}
-
-
-def relative_distance(run_folder: Path, other: Path, kind: str) -> float:
-    """How far two runs ended apart, in "weights" or averages ("ema"), in parts of how far the other moved since its
-    checkpoint before the last."""
-    start, end = sorted((other / "checkpoints").iterdir())[-2:]
-    folders = (run_folder / "checkpoints" / end.name, end, start)
-    ours, theirs, before = (read_tensors(folder / kind, {}) for folder in folders)
-    assert ours.keys() == theirs.keys() == before.keys()
-    distance, movement = (torch.cat([(theirs[n] - t[n]).flatten() for n in theirs]).norm() for t in (ours, before))
-    return (distance / movement).item()
-
-
-def assert_follows(run_folder: Path, other: Path) -> None:
-    """The curves of the losses within 1e-4; the weights and their averages within a thousandth of how far they moved
-    since the checkpoint of step 3, so that what a resumed run loses there shows."""
-    ours, theirs = curve_of(run_folder), curve_of(other)
-    assert ours.keys() == theirs.keys() == set(range(1, 7))
-    curve = max(abs(ours[step] - theirs[step]) for step in ours)
-    weights, averages = (relative_distance(run_folder, other, kind) for kind in ("weights", "ema"))
-    print(f"{run_folder.name} against {other.name}: losses {curve:.1e}, weights {weights:.1e}, averages {averages:.1e}")
-    assert curve < 1e-4 and weights < 1e-3 and averages < 1e-3
-
-
-def arguments_of(vae: Path, output: Path, **trainer) -> list[str]:  # noqa: F811
-    chosen = {"batch_size": 8, "micro_batch_size": 1, "checkpoint_every": 3, "validate_every": 4, "warmup_steps": 0}
-    chosen |= {"learning_rate": 2e-4} | trainer
-    return [*pretrain_settings(vae, output, TRAINED_ALONG, **chosen), f"cache.folder={output.parent / 'cache'}"]
+pytest_plugins = ["sharded_runs"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
-def start(vae, tmp_path_factory):  # noqa: F811
-    """
-    A checkpoint from before the first step. A new base is idle: what starts at zero leaves the rest gradients that are
-    rounding, which Adam takes for steps of the whole learning rate. So here nothing is zero.
-    """
-    folder = tmp_path_factory.mktemp("start")
-    train("pretrain", arguments_of(vae, folder / "run", steps=1, learning_rate=0), folder)
-    checkpoint = folder / "run" / "checkpoints" / "step-00000001"
-    weights, optimizer = (load_file(checkpoint / f"{kind}.safetensors") for kind in ("weights", "optimizer"))
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in weights.items():
-        if not tensor.any():
-            weights[name] = 0.2 * torch.randn(tensor.shape, generator=generator)
-    for kind in ("weights", "ema"):
-        save_file(weights, checkpoint / f"{kind}.safetensors")
-    save_file({name: torch.zeros_like(t) for name, t in optimizer.items()}, checkpoint / "optimizer.safetensors")
-    (checkpoint / "state.json").write_text(json.dumps({"step": 0, "optimizer": "adamw", "ema_steps": 0}))
-    return checkpoint
-
-
-def begin(start: Path, output: Path) -> None:
-    shutil.copytree(start, output / "checkpoints" / "step-00000000")
-
-
-@pytest.fixture(scope="module")
-def one(vae, start, tmp_path_factory):  # noqa: F811
-    """A run in one process, which is not sharded."""
-    folder = tmp_path_factory.mktemp("runs")
-    begin(start, folder / "one")
-    train("pretrain", arguments_of(vae, folder / "one"), folder)
-    return folder / "one"
-
-
-@pytest.fixture(scope="module")
-def runs(vae, start, one):  # noqa: F811
+def runs(vae, start, one):
     """The folder of that run and of the same in two and four processes, which are sharded."""
     for processes, name, validates in ((2, "two", True), (4, "four", False)):
         begin(start, one.parent / name)
@@ -162,42 +45,16 @@ def test_sharded_processes_follow_one(runs, processes):
     assert state["processes"] == {"two": 2, "four": 4}[processes]
 
 
-def take_up(source: Path, output: Path) -> None:
-    """A run that was stopped after the checkpoint of step 3, moved to another folder."""
-    name = "step-00000003"
-    shutil.copytree(source / "checkpoints" / name, output / "checkpoints" / name)
-    shutil.copytree(source / "logs", output / "logs")
-
-
-def test_a_sharded_run_goes_on_in_one_process(vae, runs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sharded_run_goes_on_in_one_process(vae, runs, tmp_path, monkeypatch):
     take_up(runs / "four", tmp_path / "one")
     run(pretrain, arguments_of(vae, tmp_path / "one"), tmp_path, monkeypatch)
     assert_follows(tmp_path / "one", runs / "one")
 
 
-def test_a_run_of_two_goes_on_in_four(vae, runs, tmp_path):  # noqa: F811
+def test_a_run_of_two_goes_on_in_four(vae, runs, tmp_path):
     take_up(runs / "two", tmp_path / "four")
     launch(4, train, "pretrain", arguments_of(vae, tmp_path / "four"), tmp_path)
     assert_follows(tmp_path / "four", runs / "one")
-
-
-def consolidated(checkpoint: Path, folder: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["consolidate.py", str(checkpoint), str(folder)])
-        consolidate.main()
-
-
-def assert_consolidates(run_folder: Path, folder: Path) -> None:
-    """The last checkpoint makes the pipeline that the run wrote, which holds its averages."""
-    checkpoint = run_folder / "checkpoints" / "step-00000006"
-    consolidated(checkpoint, folder)
-    found, written = tensors_of(folder), tensors_of(run_folder / "pipeline")
-    assert found.keys() == written.keys() and all(torch.equal(t, written[name]) for name, t in found.items())
-    pipe, averages = ModalityForcingPipeline.from_pretrained(folder), read_tensors(checkpoint / "ema", {})
-    assert len(averages) > 20
-    for name, average in averages.items():
-        part, name = name.split(".", 1)
-        assert torch.equal(pipe.components[part].state_dict()[name], average)
 
 
 @pytest.mark.parametrize("processes", ["one", "two", "four"])
@@ -209,7 +66,7 @@ def test_consolidated_bit_by_bit(runs, tmp_path, processes):
         consolidated(tmp_path / "nowhere", tmp_path / "other")
 
 
-def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, start, one, tmp_path, monkeypatch):  # noqa: F811
+def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, start, one, tmp_path, monkeypatch):
     output = tmp_path / "killed"
     begin(start, output)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -232,9 +89,9 @@ def test_a_killed_worker_ends_the_job_and_the_run_goes_on(vae, start, one, tmp_p
 
 
 def test_post_training_of_flux2_with_frozen_weights_and_samples_of_several_sizes(
-    base,  # noqa: F811
-    cache,  # noqa: F811
-    frames,  # noqa: F811
+    base,
+    cache,
+    frames,
     tmp_path,
     monkeypatch,
 ):

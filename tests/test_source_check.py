@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import SCENES, make_folder, make_shards
-from test_dry_run import fresh_accelerate  # noqa: F401
-from test_sharding import launch
+from sharded_runs import launch
+from source_files import SCENES, make_folder, make_shards
 
 from finetune.data.source_check import open_sources
 from finetune.training.trainer import join_processes
+
+
+pytest_plugins = ["sharded_runs"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_whole_shards(tmp_path):

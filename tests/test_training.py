@@ -8,16 +8,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, randomize
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-from PIL import Image
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 from safetensors.torch import load_file
+from tiny import randomize
+from training_runs import SCENES, command, make_frames, run, settings, weights
 from transformers import Adafactor
 
 from finetune import consolidate, post_train, pretrain
@@ -29,44 +27,7 @@ from mf_diffusers.modality_forcing.adapter import load_adapter
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 
 
-SCENES = "{kind: scenes, split: train, height: 32, width: 32, supersample: 1}"
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A tiny text-to-image pipeline with random weights."""
-    folder = tmp_path_factory.mktemp("base")
-    pipe = make_pipeline()
-    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_") and "depth" not in k}
-    transformer = Flux2Transformer2DModel(**config)
-    Flux2KleinPipeline(pipe.scheduler, pipe.vae, pipe.text_encoder, pipe.tokenizer, transformer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def make_frames(folder: Path, count: int = 12) -> str:
-    """Pictures of three sizes in turn, every third without depth; returned is the source."""
-    folder.mkdir()
-    rng, lines = np.random.default_rng(0), []
-    for number in range(count):
-        size = [(32, 32), (24, 40), (40, 24)][number % 3]
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        lines.append({"file_name": f"{number}.png", "text": f"picture {number}" + " left" * (number % 2)})
-        if number % 4:
-            np.save(folder / f"{number}.npy", rng.uniform(0.5, 2, size).astype(np.float32))
-            lines[-1]["depth_file_name"] = f"{number}.npy"
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return f"{{kind: folder, path: {folder}}}"
-
-
-@pytest.fixture(scope="module")
-def frames(tmp_path_factory):
-    return make_frames(tmp_path_factory.mktemp("frames") / "frames")
+pytest_plugins = ["training_runs"]
 
 
 @pytest.fixture(params=["scenes", "cached frames", "live frames"])
@@ -74,46 +35,6 @@ def data(request, frames) -> tuple[str, list[str]]:
     """A source, and further settings: one size from a cache, several from a cache, several without a cache."""
     live = ["cache.folder=null", "flip=true", "trainer.num_workers=1"]
     return {"scenes": (SCENES, []), "cached frames": (frames, []), "live frames": (frames, live)}[request.param]
-
-
-def settings(base, cache, output, data=SCENES, **trainer) -> list[str]:
-    trainer = {
-        "output": output,
-        "steps": 6,
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "mixed_precision": "fp32",
-        "ema_decay": 0.9,
-        "checkpoint_every": 2,
-        "keep_checkpoints": 3,
-        "validate_every": 100,
-        "log_every": 1,
-        "learning_rate": 0.001,
-    } | trainer
-    return [
-        f"base={base}",
-        "num_depth_decoder_layers=1",
-        "text_encoder_out_layers=[1,2,3]",
-        "max_sequence_length=64",
-        "sample_size=32",
-        f"data={data}",
-        f"validation_data={SCENES}",
-        "validation_samples=8",
-        f"cache={{folder: {cache}, samples: 8, pixels: 1024, depth_density: 0.5}}",
-        *(f"trainer.{name}={value}" for name, value in trainer.items()),
-    ]
-
-
-def run(script, arguments, tmp_path, monkeypatch):
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}")
-    monkeypatch.setattr(sys, "argv", [script.__name__, "--config", str(config), *arguments])
-    monkeypatch.setattr(script, "validate", lambda *args, **kwargs: None)  # has its own test; here it costs seconds
-    script.main()
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_resumed_equals_uninterrupted_and_frozen_weights_stay(base, cache, data, tmp_path, monkeypatch):
@@ -131,12 +52,6 @@ def test_resumed_equals_uninterrupted_and_frozen_weights_stay(base, cache, data,
     checkpoints = sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir())
     assert checkpoints == ["step-00000002", "step-00000004", "step-00000006"]
     assert isinstance(ModalityForcingPipeline.from_pretrained(tmp_path / "whole" / "pipeline"), ModalityForcingPipeline)
-
-
-def command(script, arguments, tmp_path, *launcher) -> list[str]:
-    config = tmp_path / "empty.yaml"
-    config.write_text("{}")
-    return [sys.executable, *launcher, str(ROOT / "finetune" / script), "--config", str(config), *arguments]
 
 
 def test_killed_and_resumed_equals_uninterrupted(base, cache, tmp_path, monkeypatch):

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
 from safetensors.torch import load_file
-from test_dry_run import fresh_accelerate  # noqa: F401
-from test_training import SCENES, run, settings, weights
-from test_transformer_dit import TINY, TINY_TEXT_ENCODER, make_t5_tokenizer
+from tiny import TINY_T5, make_t5_tokenizer
+from training_runs import TRAINED_ALONG, pretrain_settings, run, settings, weights
 from transformers import UMT5Config, UMT5EncoderModel
 
 from finetune import post_train, pretrain
@@ -24,34 +22,13 @@ from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.text_features import encode_t5
 
 
+pytest_plugins = ["training_runs"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "finetune" / "configs"
 RUNGS = ["dit_500k", "dit_2m", "dit_8m", "dit_30m", "dit_100m", "dit_370m", "dit_800m", "dit_3_3b"]
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    make_pipeline().vae.save_pretrained(folder)
-    return folder
-
-
-def pretrain_settings(vae, output, text: list[str], **trainer) -> list[str]:
-    return [
-        "architecture=dit",
-        f"vae={vae}",
-        *(f"transformer.{name}={list(v) if isinstance(v, tuple) else v}" for name, v in TINY.items()),
-        "vocabulary_size=200",
-        "max_sequence_length=12",
-        f"data={SCENES}",
-        "validation_samples=4",
-        f"cache={{folder: {output}-cache, samples: 8, pixels: 1024}}",
-        *text,
-        *(a for a in settings("", "", output, **trainer) if a.startswith("trainer.")),
-    ]
-
-
-TRAINED_ALONG = [*(f"text_encoder.{name}={value}" for name, value in TINY_TEXT_ENCODER.items()), "cache.text=false"]
 
 
 def posttrain_settings(base, output, **trainer) -> list[str]:
@@ -135,7 +112,7 @@ def test_a_result_is_written_whole_or_not_at_all(vae, base, tmp_path, monkeypatc
 @pytest.mark.parametrize("kind", ["live", "cached"])
 def test_a_frozen_text_encoder(vae, tmp_path, monkeypatch, kind):
     tokenizer = make_t5_tokenizer()
-    frozen = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TINY_TEXT_ENCODER))
+    frozen = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TINY_T5))
     frozen.save_pretrained(tmp_path / "text")
     tokenizer.save_pretrained(tmp_path / "text")
     text = [f"pretrained_text_encoder={tmp_path / 'text'}"]

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_TRANSFORMER, randomize
 from diffusers import Flux2Transformer2DModel, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
+from tiny import TINY_TRANSFORMER, randomize
 
 from mf_diffusers import ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.latent_tokens import position_ids

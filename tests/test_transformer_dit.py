@@ -9,14 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import close_depth, make_pipeline, randomize
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import DiffusionPipeline, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks import apply_group_offloading
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from tiny import (
+    TINY_DEPTH_DIT,
+    TINY_DIT,
+    TINY_T5,
+    close_depth,
+    make_dit_pipeline,
+    randomize,
+)
+from transformers import T5Config, T5EncoderModel
 
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
 from mf_diffusers.checkpoints import load_pipeline, read_checkpoint
@@ -26,19 +33,6 @@ from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise,
 
 
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
-TINY = {
-    "in_channels": 16,
-    "num_layers": 3,
-    "attention_head_dim": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "joint_attention_dim": 24,
-    "time_channels": 32,
-    "time_embed_dim": 16,
-    "axes_dims_rope": (2, 2, 2, 2),
-}
-TINY_DEPTH = TINY | {"depth_channels": 16, "num_depth_decoder_layers": 2}
-TINY_TEXT_ENCODER = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 IMAGE = np.random.default_rng(0).random((40, 72, 3), dtype=np.float32)
 DEPTH = 1 + np.random.default_rng(1).random((40, 72), dtype=np.float32)
 
@@ -76,13 +70,13 @@ def close(a, b, **tolerance) -> bool:
 @pytest.fixture
 def base():
     torch.manual_seed(0)
-    return randomize(ModalityForcingDiTTransformer2DModel(**TINY)).eval()
+    return randomize(ModalityForcingDiTTransformer2DModel(**TINY_DIT)).eval()
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return randomize(ModalityForcingDiTTransformer2DModel(**TINY_DEPTH)).eval()
+    return randomize(ModalityForcingDiTTransformer2DModel(**TINY_DEPTH_DIT)).eval()
 
 
 # Sizes
@@ -127,7 +121,7 @@ def test_parameter_counts(name, millions, width, layers):
 )
 def test_sizes_that_do_not_fit(config, message):
     with pytest.raises(ValueError, match=message):
-        ModalityForcingDiTTransformer2DModel(**TINY | config)
+        ModalityForcingDiTTransformer2DModel(**TINY_DIT | config)
 
 
 # The graft
@@ -189,7 +183,7 @@ def test_a_graft_is_no_base(model):
 
 def test_an_untrained_base_predicts_the_mean():
     """x0 = 0 at the start, whatever goes in, so the velocity is z / t."""
-    base, inputs = ModalityForcingDiTTransformer2DModel(**TINY), make_inputs(depth=False)
+    base, inputs = ModalityForcingDiTTransformer2DModel(**TINY_DIT), make_inputs(depth=False)
     expected = inputs["hidden_states"] / inputs["timestep"].clamp(min=MIN_TIMESTEP)[:, None, None]
     assert torch.equal(run(base, inputs)[0], expected)
 
@@ -256,7 +250,7 @@ def test_samples_of_a_batch_do_not_mix(model):
 
 def test_grouped_queries_are_repeated_keys(model):
     """Query heads 0..3 share the one key head: the same as four equal key heads."""
-    wide = ModalityForcingDiTTransformer2DModel(**TINY_DEPTH | {"num_key_value_heads": 4})
+    wide = ModalityForcingDiTTransformer2DModel(**TINY_DEPTH_DIT | {"num_key_value_heads": 4})
     weights = model.state_dict()
     for name, tensor in weights.items():
         if name.endswith("to_qkv_mlp_proj.weight"):
@@ -269,14 +263,14 @@ def test_grouped_queries_are_repeated_keys(model):
 # diffusers' features
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_DEPTH])
+@pytest.mark.parametrize("config", [TINY_DIT, TINY_DEPTH_DIT])
 def test_save_and_load(config, tmp_path):
-    model, inputs = randomize(ModalityForcingDiTTransformer2DModel(**config)), make_inputs(config is TINY_DEPTH)
+    model, inputs = randomize(ModalityForcingDiTTransformer2DModel(**config)), make_inputs(config is TINY_DEPTH_DIT)
     model.save_pretrained(tmp_path)
     again = ModalityForcingDiTTransformer2DModel.from_pretrained(tmp_path)
     expected, output = run(model, inputs), run(again, inputs)
     assert torch.equal(output[0], expected[0])
-    assert (output[1] is None) == (config is TINY) and (output[1] is None or torch.equal(output[1], expected[1]))
+    assert (output[1] is None) == (config is TINY_DIT) and (output[1] is None or torch.equal(output[1], expected[1]))
 
 
 def test_bfloat16_body_with_float32_head(model, tmp_path):
@@ -410,7 +404,7 @@ def test_losses_against_the_formulas(model):
 def test_the_family_learns(base):
     """A few steps on one batch bring both losses down, from an untrained base on."""
     torch.manual_seed(0)
-    model = graft(ModalityForcingDiTTransformer2DModel(**TINY)).train()
+    model = graft(ModalityForcingDiTTransformer2DModel(**TINY_DIT)).train()
     processor, generator = DepthProcessor(patch_size=4), seeded()
     batch = {
         "latents": torch.randn(1, 6, 16, generator=generator).expand(8, -1, -1),
@@ -435,32 +429,6 @@ def test_the_family_learns(base):
 # Pipelines
 
 
-def make_t5_tokenizer() -> T5TokenizerFast:
-    """Characters as the vocabulary of a T5 tokenizer."""
-    special = ["<pad>", "</s>", "<unk>", "▁"]
-    letters = [chr(c) for c in range(33, 127)]
-    return T5TokenizerFast(vocab=[(piece, 0.0) for piece in special + letters], extra_ids=0)
-
-
-def make_dit_pipeline(depth: bool = True) -> ModalityForcingPipeline:
-    torch.manual_seed(0)
-    tokenizer = make_t5_tokenizer()
-    text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TINY_TEXT_ENCODER))
-    pipe = ModalityForcingPipeline(
-        transformer=randomize(ModalityForcingDiTTransformer2DModel(**TINY_DEPTH if depth else TINY)).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1)),
-        depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(1.1)) if depth else None,
-        vae=make_pipeline().vae,
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        depth_processor=DepthProcessor(patch_size=4) if depth else None,
-        max_sequence_length=24,
-        default_sample_size=32,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
 def pipe():
     return make_dit_pipeline()
@@ -480,7 +448,7 @@ def call(pipe, *args, seed=0, num_inference_steps=2, output_type="np", **kwargs)
 @pytest.mark.parametrize("kind", ["umt5", "t5"])
 def test_text_features_of_a_t5_encoder(pipe, kind):
     if kind == "t5":
-        config = T5Config(vocab_size=len(pipe.tokenizer), **TINY_TEXT_ENCODER)
+        config = T5Config(vocab_size=len(pipe.tokenizer), **TINY_T5)
         pipe.register_modules(text_encoder=T5EncoderModel(config).eval())
     prompt_embeds, text_ids = pipe.encode_prompt(["a cat", "a large red ball"])
     assert prompt_embeds.shape == (2, 24, 24) and text_ids.shape == (1, 24, 4)
@@ -614,7 +582,7 @@ save_file({{name: tensor for name, tensor in tensors.items() if tensor is not No
 
 
 def test_lora_weights_load_change_and_unload(pipe, tmp_path):
-    transformer = randomize(ModalityForcingDiTTransformer2DModel(**TINY_DEPTH))
+    transformer = randomize(ModalityForcingDiTTransformer2DModel(**TINY_DEPTH_DIT))
     transformer.add_adapter(LoraConfig(r=4, target_modules=["to_qkv_mlp_proj", "to_out"], init_lora_weights=False))
     lora = get_peft_model_state_dict(transformer)
     ModalityForcingPipeline.save_lora_weights(tmp_path, transformer_lora_layers=lora)

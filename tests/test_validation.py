@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import SCENES, base, cache, frames, settings  # noqa: F401
+from training_runs import SCENES, settings
 
 from finetune import post_train, pretrain
 from finetune.data.cache import CacheConfig
@@ -16,13 +16,16 @@ from finetune.training.validation import LEVELS, image_to_depth_metrics, level_l
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 
 
+pytest_plugins = ["training_runs"]
+
+
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     grid = validation.picture_grid
     monkeypatch.setattr(validation, "picture_grid", lambda pipe, source, size: grid(pipe, source, size, steps=1))
 
 
-def test_batches_have_one_size_and_every_sample(frames):  # noqa: F811
+def test_batches_have_one_size_and_every_sample(frames):
     source = build_source(FolderConfig(path=frames.split()[-1].rstrip("}"), shuffle=False))
     batches = list(read_batches(source, 12, 3, ReadReport()))
     assert sorted(index for indices, _ in batches for index in indices) == list(range(12))
@@ -95,7 +98,7 @@ def train(script, arguments, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["cache", "live"])
-def test_post_training_logs_losses_metrics_and_pictures(base, cache, frames, tmp_path, monkeypatch, capsys, way):  # noqa: F811
+def test_post_training_logs_losses_metrics_and_pictures(base, cache, frames, tmp_path, monkeypatch, capsys, way):
     arguments = settings(base, cache, tmp_path / "run", frames, steps=2, validate_every=1)
     arguments[arguments.index(f"validation_data={SCENES}")] = f"validation_data={frames}"
     train(post_train, [*arguments, *(["cache.folder=null"] if way == "live" else [])], tmp_path, monkeypatch)
@@ -108,7 +111,7 @@ def test_post_training_logs_losses_metrics_and_pictures(base, cache, frames, tmp
     assert "losses at t = 0.1 0.3 0.5 0.7 0.9, rgb " in printed.out + printed.err
 
 
-def test_pretraining_logs_losses_and_pictures(base, tmp_path, monkeypatch):  # noqa: F811
+def test_pretraining_logs_losses_and_pictures(base, tmp_path, monkeypatch):
     arguments = [
         f"vae={base / 'vae'}",
         "transformer={in_channels: 16, num_layers: 1, num_single_layers: 1, attention_head_dim: 16}",
