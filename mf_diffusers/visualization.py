@@ -184,9 +184,9 @@ def _disparity_range(depth, near, far):
     """Lowest and highest inverse depth of the colour scale, for the valid depths (N,)."""
     for name, bound in (("near", near), ("far", far)):
         if bound is not None and not (bound > 0 and np.isfinite(bound)):
-            raise ValueError(f"{name}={bound!r} must be a positive depth")
-    if near is not None and far is not None and near >= far:
-        raise ValueError(f"near={near!r} must be less than far={far!r}")
+            raise ValueError(f"{name}={bound} must be a positive depth")
+    if near is not None and far is not None and near > far:
+        raise ValueError(f"near={near} must not be more than far={far}")
     lowest, highest = np.percentile(1 / depth.astype(np.float64), PERCENTILES) if depth.size else (1, 1)
     low = lowest if far is None else 1 / far
     high = highest if near is None else 1 / near

@@ -64,6 +64,7 @@ def test_constant_depth_has_the_middle_colour():
     constant = np.full((2, 3), 7, dtype=np.float32)
     constant[0, 0] = np.nextafter(np.float32(7), np.float32(8))
     assert (colorize_depth(constant, cmap="gray") == 128).all()
+    assert colorize_depth([[6, 7, 8]], cmap="gray", near=7, far=7)[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_every_map_of_a_batch_has_its_own_range():
@@ -89,7 +90,7 @@ def test_every_map_of_a_batch_has_its_own_range():
         ({"depth": np.ones((4, 4)), "cmap": "rainbows"}, "no colour map 'rainbows'; try"),
         ({"depth": np.ones((4, 4)), "near": 0}, "near=0 must be a positive depth"),
         ({"depth": np.ones((4, 4)), "far": np.nan}, "far=nan must be a positive depth"),
-        ({"depth": np.ones((4, 4)), "near": 2, "far": 1}, "near=2 must be less than far=1"),
+        ({"depth": np.ones((4, 4)), "near": 2, "far": 1}, "near=2 must not be more than far=1"),
     ],
 )
 def test_colorize_depth_rejects(arguments, message):
