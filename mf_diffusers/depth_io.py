@@ -151,15 +151,17 @@ def as_depth_map(depth, mask=None, invalid=None, infinite=None, maximum=None):
         valid = np.isfinite(depth) & (depth > 0) & ~masked
     if maximum is not None:
         valid &= depth <= maximum
-    known_infinite = _is_stored(_listed(infinite), values) & ~masked
     valid &= ~_is_stored(_listed(invalid), values)
     if mask is not None:
         mask = np.asarray(mask)
         if mask.shape != depth.shape:
             raise ValueError(f"mask of shape {mask.shape} does not fit depth of shape {depth.shape}; resize it first")
         valid &= mask.astype(bool)
-        known_infinite &= mask.astype(bool)
-    return np.where(known_infinite, np.float32(np.inf), np.where(valid, depth, np.float32(0)))
+        masked = masked | ~mask.astype(bool)
+    depth = np.where(valid, depth, np.float32(0))
+    if infinite is not None:
+        depth[_is_stored(_listed(infinite), values) & ~masked] = np.inf
+    return depth
 
 
 def view_as_depth_map(depth, mask=None):

@@ -709,6 +709,16 @@ def test_points_of_given_depth_have_its_own_resolution(model, ramp):
     assert len(trimesh.load("outputs/ramp/points.ply").vertices) == np.count_nonzero(np.load(ramp))
 
 
+@pytest.mark.parametrize("missing", [0, 1, 100, 900])
+def test_points_of_depth_given_in_part_are_as_many_as_were_given(model, missing, tmp_path):
+    depth = np.linspace(2, 4, 60 * 80, dtype=np.float32).reshape(60, 80)
+    depth.flat[:missing] = 0
+    np.save("part.npy", depth)
+    run("image", "part.npy", "-p", "a wall", "-m", model, "--steps", 1, "--edge-threshold", 0, "--size", 16)
+    points = len(trimesh.load("outputs/part/points.ply").vertices)
+    assert 0.8 * (depth.size - missing) <= points <= depth.size - missing
+
+
 def test_a_size_that_cannot_fit_is_refused_before_any_work(model, photo):
     result = call("depth", photo, "-m", model, "--height", 1000000)
     said = result.stderr.strip().splitlines()[-1]

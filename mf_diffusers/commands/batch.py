@@ -6,11 +6,13 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
+import PIL.Image
 import torch
 import transformers
 import typer
@@ -27,6 +29,24 @@ from mf_diffusers.files import sha256, temporary_folder
 from mf_diffusers.geometry import FOV_DEGREES, PointSettings
 from mf_diffusers.pictures import fov_from_exif
 from mf_diffusers.results import place_result, write_result
+
+
+@dataclass(frozen=True)
+class Made:
+    """A result, before it is written: a picture, its depth (H, W), and what there is to say of them.
+
+    Args:
+        points: how many pixels' depth was given, or made by the model; that of others is interpolated.
+        mask: bool (H, W), True where depth is valid. None: where it is above 0.
+        uncertainty: relative, (H, W).
+    """
+
+    image: PIL.Image.Image
+    depth: np.ndarray
+    points: int
+    facts: dict[str, Any]
+    mask: np.ndarray | None = None
+    uncertainty: np.ndarray | None = None
 
 
 class Batch:
@@ -65,7 +85,7 @@ class Batch:
             for number, source in enumerate(sources):
                 progress.reset(this_result, total=None, description=name_of(source))
                 try:
-                    path = self.write(source, *self.make(source, number, inputs, after_step))
+                    path = self.write(source, self.make(source, number, inputs, after_step))
                 except (ValueError, OSError, torch.OutOfMemoryError) as error:
                     if is_debugging() or isinstance(error, BrokenPipeError):
                         raise
@@ -110,8 +130,8 @@ class Batch:
         )
         self.pipe.set_progress_bar_config(disable=True)  # its steps are the second line of the display
 
-    def make(self, source, number: int, inputs, after_step):
-        """What was given, what the pipeline made of it, and what there is to say of it."""
+    def make(self, source, number: int, inputs, after_step) -> Made:
+        """The result of a source. What was given, and is not part of it, is let go: it may be large."""
         started = time.perf_counter()
         seed = self.options.seed + number
         given = inputs(source.path if isinstance(source, InputFile) else source)
@@ -125,33 +145,40 @@ class Batch:
             callback_on_step_end=after_step,
             callback_on_step_end_tensor_inputs=[],
         )
-        facts = self.describe(source, given["prompt"], seed)
-        return given, made, facts | {"seconds": round(time.perf_counter() - started, 3)}
+        image = given["image"] if made.images is None else made.images[0]
+        facts = self.describe(source, given["prompt"], seed) | {
+            "seconds": round(time.perf_counter() - started, 3),
+            "size": {"width": image.width, "height": image.height},
+        }
+        known = 0 if given.get("depth") is None else np.count_nonzero(given["depth"])
+        if made.depth is None:
+            return Made(image, given["depth"], known, facts)
+        points = max(known, math.prod(self.pipe.working_size))
+        uncertainty = None if made.depth_uncertainty is None else made.depth_uncertainty[0]
+        return Made(image, made.depth[0], points, facts, made.depth_mask[0], uncertainty)
 
-    def write(self, source, given: dict[str, Any], made, facts: dict[str, Any]) -> Path:
+    def write(self, source, made: Made) -> Path:
         """Write the result folder of a source, and return its path."""
         options = self.options
-        picture = given["image"] if made.images is None else made.images[0]
         with temporary_folder(options.output) as folder:
             write_result(
                 folder,
-                picture,
-                given["depth"] if made.depth is None else made.depth[0],
-                facts | {"size": {"width": picture.width, "height": picture.height}},
-                mask=None if made.depth_mask is None else made.depth_mask[0],
-                uncertainty=None if made.depth_uncertainty is None else made.depth_uncertainty[0],
+                made.image,
+                made.depth,
+                made.facts,
+                mask=made.mask,
+                uncertainty=made.uncertainty,
                 exr=options.exr,
-                points=self.point_settings(source, is_made=made.depth is not None) if options.points else None,
+                points=self.point_settings(source, made.points) if options.points else None,
             )
             return place_result(folder, options.output, name_of(source), options.overwrite, self.written)
 
-    def point_settings(self, source, is_made: bool) -> PointSettings:
-        """Points of depth that was made have the resolution at which it was: in between, it is only interpolated."""
-        pixels = math.prod(self.pipe.working_size) if is_made else math.inf
+    def point_settings(self, source, points: int) -> PointSettings:
+        """Of a result with so many `Made.points`: there are no more to be had."""
         return PointSettings(
             fov_degrees=self.field_of_view(source)["degrees"],
             edge_threshold=self.options.edge_threshold or None,
-            max_points=min(self.options.max_points, pixels),
+            max_points=min(self.options.max_points, points),
         )
 
     def field_of_view(self, source) -> dict[str, Any]:

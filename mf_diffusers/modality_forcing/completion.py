@@ -7,7 +7,7 @@ from scipy.spatial import cKDTree
 from mf_diffusers.alignment import align_scale
 
 from .depth_processor import shrink
-from .resampling import resample
+from .resampling import resampled_bands
 
 
 NEIGHBOURS = 16
@@ -23,20 +23,20 @@ def complete(depth: torch.Tensor, resized: torch.Tensor, known: torch.Tensor, va
 
     Args:
         depth (`torch.Tensor` of shape (B, 1, h, w)): As it was made, positive.
-        resized (`torch.Tensor` of shape (B, 1, H, W)): The same at the size of what is known.
+        resized (`torch.Tensor` of shape (B, 1, H, W)): The same at the size of what is known. The result is written
+            into it, so that a large map is held but once.
         known (`torch.Tensor` of shape (B, 1, H, W)): Positive and finite where `valid`.
         valid (`torch.Tensor` of shape (B, 1, H, W)): bool; True somewhere in each map.
 
     Returns:
-        `torch.Tensor` of shape (B, 1, H, W).
+        `resized`.
     """
     correction = log_correction(depth, *shrink(known, valid, tuple(depth.shape[-2:])))
-
-    def with_known(band, columns):
-        made = resized[..., columns] * band.exp()
-        return torch.where(valid[..., columns], known[..., columns], made)
-
-    return resample(correction, tuple(resized.shape[-2:]), "bilinear", with_known)
+    for band, columns in resampled_bands(correction, tuple(resized.shape[-2:]), "bilinear"):
+        made = resized[..., columns]
+        made *= band.exp()
+        made.copy_(torch.where(valid[..., columns], known[..., columns], made))
+    return resized
 
 
 def log_correction(depth: torch.Tensor, known: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
