@@ -18,10 +18,11 @@ for line in lines:
     logging.warning(line)
 
 if works:
-    from .comfyui_nodes import model
+    from .comfyui_nodes import latents, model
     from .comfyui_nodes.nodes import comfy_entrypoint
 
     model.register()
+    latents.explain_streams()
     __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 else:
     NODE_CLASS_MAPPINGS = {}

@@ -79,13 +79,17 @@ LEANS_ON = {
         "comfy.model_patcher.ModelPatcher.add_wrapper_with_key": (),
         "comfy.model_patcher.ModelPatcher.get_model_object": (),
         "comfy.model_patcher.ModelPatcher.add_object_patch": (),
+        "comfy.nested_tensor.NestedTensor": ("tensors",),
         "comfy.nested_tensor.NestedTensor.unbind": (),
+        "comfy.samplers.resolve_areas_and_cond_masks_multidim": ("conditions", "dims", "device"),
+        "comfy.samplers.get_area_and_mult": ("conds", "x_in", "timestep_in"),
         "comfy.utils.pack_latents": (),
         "comfy.model_management.intermediate_device": (),
         # Previews
         "comfy.latent_formats.Flux2": (),
         "latent_preview.Latent2RGBPreviewer": ("latent_rgb_factors", "latent_rgb_factors_reshape"),
-        # Outputs that a graph may leave unconnected
+        # Sockets that take raw depth in two forms, and outputs that a graph may leave unconnected
+        "comfy_api.latest.io.MultiType.Input": ("types", "tooltip", "optional"),
         "comfy_execution.graph_utils.ExecutionBlocker": (),
     },
     "'Load Modality Forcing Pipeline'": {

@@ -1,12 +1,12 @@
 """Raw depth in ComfyUI's sockets: pictures, the maps of an RGB-D latent, point clouds and MoGe geometry.
 
 In an IMAGE, raw depth has three equal channels: float32 in any unit, larger is farther, 0 where it is missing, inf
-where it is infinitely far.
+where it is infinitely far. In MOGE_GEOMETRY, where nothing clips it, it is "depth" (B, H, W), with its "mask".
 """
 
+import math
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,13 +22,41 @@ from mf_diffusers.geometry import (
 )
 
 
-if TYPE_CHECKING:
-    from mf_diffusers import DepthProcessor
-
-
 def image_from_depth(depth: torch.Tensor) -> torch.Tensor:
     """Depth maps (B, 1, H, W) -> IMAGE (B, H, W, 3)."""
     return depth.float().movedim(1, -1).expand(-1, -1, -1, 3).contiguous()
+
+
+def geometry_from_depth(depth: torch.Tensor, valid: torch.Tensor, image: torch.Tensor | None = None) -> dict:
+    """Depth and validity (B, 1, H, W), and their IMAGE, gray without one, as MOGE_GEOMETRY without points."""
+    depth, valid = depth[:, 0].float().cpu(), valid[:, 0].bool().cpu()
+    gray = torch.full((*depth.shape, 3), GRAY / 255)
+    return {
+        "depth": torch.where(valid, depth, torch.inf),
+        "mask": valid,
+        "image": gray if image is None else image.cpu(),
+    }
+
+
+def image_from_socket(depth, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What comes through a socket of depth, IMAGE or MOGE_GEOMETRY, as IMAGE (B, H, W, C) and MASK, if there is one."""
+    if not isinstance(depth, dict):
+        return depth, mask
+    if "depth" not in depth:
+        raise ValueError("This geometry has no depth, but points alone: connect one with depth, or raw depth.")
+    own = depth.get("mask")
+    if own is not None and mask is not None:
+        own = own.cpu().bool() & mask.cpu().bool()
+    return depth["depth"].float()[..., None], mask if own is None else own.float()
+
+
+def fov_of(depth) -> float:
+    """The field of view of a MOGE_GEOMETRY along the longer side, in degrees. Raises ValueError where it has none."""
+    if not isinstance(depth, dict) or "intrinsics" not in depth:
+        raise ValueError("Give the `fov`: 0 is that of a geometry, and what is connected as depth has no camera.")
+    height, width = depth["depth"].shape[-2:]
+    focal = float(depth["intrinsics"][0, 0, 0]) if width >= height else float(depth["intrinsics"][0, 1, 1])
+    return math.degrees(2 * math.atan(0.5 / focal))
 
 
 def depth_from_image(image: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,13 +71,13 @@ def depth_from_image(image: torch.Tensor, mask: torch.Tensor | None = None) -> t
     Raises:
         ValueError: a colour picture, or a mask of another size; the message says what to connect instead.
     """
-    depth = _known_depth(image, mask)
+    depth = known_depth(image, mask)
     valid = (depth > 0) & torch.isfinite(depth)
     return torch.where(valid, depth, 0.0), valid
 
 
-def _known_depth(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """As [`depth_from_image`], but inf is kept: (B, 1, H, W)."""
+def known_depth(image: torch.Tensor, mask: torch.Tensor | None, inverse: bool = False) -> torch.Tensor:
+    """As [`depth_from_image`], but inf is kept: (B, 1, H, W). Values may be `inverse` depth, bright is near."""
     channels = image.cpu().float().movedim(-1, 1).nan_to_num(0.0, posinf=torch.inf)
     depth = channels[:, :1].clamp(min=0)
     if not torch.equal(channels, channels[:, :1].expand_as(channels)):
@@ -57,6 +85,8 @@ def _known_depth(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
             "A colour picture is connected as depth, but colours carry no depth values: connect raw depth, from 'Load "
             "Depth' or 'Decode RGB-D'."
         )
+    if inverse:
+        depth = torch.where(depth > 0, 1 / depth, 0.0)
     if mask is None:
         return depth
     if mask.shape[-2:] != depth.shape[-2:] or len(mask) not in (1, len(depth)):
@@ -65,40 +95,6 @@ def _known_depth(image: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
             "that belongs to the depth."
         )
     return torch.where((mask.cpu() != 0)[:, None], depth, 0.0)
-
-
-def encode_depth(
-    image: torch.Tensor,
-    mask: torch.Tensor | None,
-    size: tuple[int, int],
-    processor: "DepthProcessor",
-    inverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Args:
-        image, mask: see [`depth_from_image`]; but inf is known depth to a `processor` of infinite depth.
-        size: (height, width) to resample to.
-        processor: the model's.
-        inverse: values are inverse depth, bright is near.
-
-    Returns:
-        Contracted depth (B, 1, *size), 0 where it is missing; where it is missing, bool; and the scale (B,) it was
-        divided by.
-
-    Raises:
-        ValueError: as [`depth_from_image`]; or a map has no valid pixel.
-    """
-    depth = _known_depth(image, mask)
-    if inverse:
-        depth = torch.where(depth > 0, 1 / depth, 0.0)
-    contracted, valid, scale = processor.encode(depth, None, *size)
-    empty = (~valid.flatten(1).any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"Depth map {empty[0]} of the batch has no valid pixel: depth must be positive and finite somewhere. Check "
-            "the file and its mask, or leave depth out."
-        )
-    return contracted, ~valid, scale
 
 
 def points_from_depth(

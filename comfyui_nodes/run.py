@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from comfy.nested_tensor import NestedTensor
 
+from mf_diffusers.modality_forcing.latent_tokens import hidden_cells
+
 from .streams import Streams
 
 
@@ -165,6 +167,8 @@ def sample(
 
     # 1. The two streams, and what is given of them
     shapes = latent_shapes[:2]
+    for prompts in guider.conds.values():
+        prompts[:] = [_with_packed_region(prompt, shapes) for prompt in prompts]
     latent_image = latent_image.to(device, torch.float32)
     latent, held = latent_image.split([_entries(shapes), latent_image.shape[-1] - _entries(shapes)], dim=-1)
     mask = torch.ones_like(latent) if denoise_mask is None else denoise_mask.to(latent)[..., : latent.shape[-1]]
@@ -273,13 +277,37 @@ def _with_held(mask: torch.Tensor, held: torch.Tensor, shapes) -> torch.Tensor:
     count.
     """
     image_shape, depth_shape = shapes
-    image_held = F.adaptive_avg_pool2d(held[:, :1], image_shape[-2:])
+    image_held = hidden_cells(held[:, :1], *image_shape[-2:], channels=image_shape[1]).view(image_shape).to(held)
     if (mask[..., : math.prod(image_shape[1:])] < 1).any() and not image_held.any():
         logging.warning(
             "A noise mask has no say over an image that is kept whole: choose in 'Encode RGB-D' what to keep, and mask "
             "an image that is made."
         )
-    return torch.minimum(mask, Streams.join(image_held.expand(image_shape), held[:, 1:].expand(depth_shape)))
+    return torch.minimum(mask, Streams.join(image_held, held[:, 1:].expand(depth_shape)))
+
+
+def _with_packed_region(prompt: dict, shapes) -> dict:
+    """
+    A prompt whose mask or area, if it has one, lies over both streams of a packed latent, as a mask (B, N). The model
+    sees the whole picture for every prompt; each counts in its region.
+    """
+    if not {"mask", "area"} & prompt.keys():
+        return prompt
+    image_shape, depth_shape = shapes
+    height, width = depth_shape[-2:]
+    region = torch.ones(1, 1, height, width)
+    if prompt.get("area") is not None:
+        by_share, *area = prompt["area"] if prompt["area"][0] == "percentage" else (None, *prompt["area"])
+        units = (height, width) * 2 if by_share else (8,) * 4  # pixels of what ComfyUI measures areas in
+        rows, columns, top, left = (round(side * unit) for side, unit in zip(area, units))
+        region = torch.zeros_like(region)
+        region[..., top : top + rows, left : left + columns] = 1
+    if prompt.get("mask") is not None:
+        mask = prompt["mask"].float().cpu()
+        region = region * F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), (height, width), mode="bilinear")
+    image = F.adaptive_avg_pool2d(region, image_shape[-2:]).expand(-1, image_shape[1], -1, -1)
+    packed = {name: value for name, value in prompt.items() if name not in ("area", "set_area_to_bounds")}
+    return packed | {"mask": Streams.join(image, region)[:, 0]}
 
 
 def _noise(shapes, seed: int | None) -> torch.Tensor:

@@ -363,6 +363,42 @@ def test_inpainting_over_kept_depth(server):
     assert np.abs(image["masked"] - image["made"]).mean() > 5
 
 
+def test_inpainting_to_files(server):
+    """Under fixed geometry, by the node's own mask; then fog over the result, and depth of copies in one map."""
+    graph = TinyGraph()
+    depth, valid = graph.load_depth()
+    photo = graph.load_image()
+    mask = graph.add("SolidMask", value=0.0, width=50, height=38)[0]
+    part = graph.add("SolidMask", value=1.0, width=25, height=38)[0]
+    mask = graph.add("MaskComposite", destination=mask, source=part, x=25, y=0, operation="add")[0]
+    encoded = graph.encode(image=photo, image_mask=mask, depth=depth, depth_mask=valid, vae=graph.vae)
+    decoded = graph.add("ModalityForcingDecode", latent=graph.sample(encoded), vae=graph.vae)
+    fog = graph.add("ModalityForcingDepthMask", depth=decoded[3], near=2.0, far=4.0, shape="ramp")[0]
+    photos = graph.add("RepeatImageBatch", image=photo, amount=3)[0]
+    samples = graph.decode(graph.sample(graph.encode(image=photos, vae=graph.vae), steps=1, cfg=1.0), vae=False)
+    ensemble = graph.add("ModalityForcingEnsembleDepth", depth=samples[1], valid=samples[2])
+    one_range = graph.add(
+        "ModalityForcingDepthPicture", depth=samples[1], colormap="gray (far bright)", range="whole batch"
+    )
+    saved = {
+        "image": graph.save_image(decoded[0]),
+        "depth": graph.save_depth(decoded[1]),
+        "fog": graph.save_image(graph.add("MaskToImage", mask=fog)[0]),
+        "ensemble": graph.save_depth(ensemble[0]),
+        "uncertainty": graph.save_depth(ensemble[3]),
+        "pictures": graph.save_image(one_range[0]),
+    }
+    files = server.run(graph.nodes)
+    image, given = pixels(files[saved["image"]][0]), pixels(server.base / "input" / "photo.png")
+    assert np.array_equal(image[:, :25], given[:, :25]) and not np.array_equal(image[:, 25:], given[:, 25:])
+    depth, given = depth_of(files[saved["depth"]][0]), depth_of(server.base / "input" / "depth.npy")
+    assert np.allclose(depth[given > 0], given[given > 0], rtol=1e-6)
+    fog = pixels(files[saved["fog"]][0])[..., 0]
+    assert np.abs(fog / 255 - np.where(given > 0, (given - 2) / 2, 1).clip(0, 1)).max() <= 1 / 255
+    assert len(files[saved["ensemble"]]) == 1 and depth_of(files[saved["uncertainty"]][0]).max() > 0
+    assert len(files[saved["pictures"]]) == 3
+
+
 def test_single_file_lora_and_fp8(server):
     """The stock loaders: the exported file is the pipeline's model, a LoRA and fp8 storage change it."""
     graph = TinyGraph()
@@ -416,6 +452,10 @@ def plain_latent(graph):
 
 def black(graph):
     return graph.add("EmptyImage", width=50, height=38, batch_size=1, color=0)[0]
+
+
+def whole(graph):
+    return graph.add("EmptyImage", width=50, height=38, batch_size=1, color=0x101010)[0]
 
 
 def repeated(graph, image, amount):
@@ -479,7 +519,7 @@ FAULTS = {
         ),
     ),
     "a mask without depth": (
-        "A depth mask is connected, but no depth",
+        "A mask of depth is connected, but no depth",
         lambda g: g.save_depth(
             g.decode(g.encode(image=g.load_image(), vae=g.vae, depth_mask=g.load_depth()[1]), False)[1]
         ),
@@ -495,7 +535,7 @@ FAULTS = {
     "nothing": ("Nothing is connected", lambda g: g.save_depth(g.decode(g.encode(), False)[1])),
     "both": (
         "Say what to `keep`",
-        lambda g: g.save_depth(g.decode(g.encode(image=g.load_image(), depth=g.load_depth()[0], vae=g.vae), False)[1]),
+        lambda g: g.save_depth(g.decode(g.encode(image=g.load_image(), depth=whole(g), vae=g.vae), False)[1]),
     ),
     "what is not there to keep": (
         "`keep` is 'depth', but there is none",
@@ -547,7 +587,7 @@ def test_the_server_lives_on(server):
 
 def test_object_info(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("ModalityForcing")}
-    assert len(nodes) == 8
+    assert len(nodes) == 13
     for name, info in nodes.items():
         assert info["display_name"] and info["description"] and info["search_aliases"], name
         assert info["category"] == "Modality Forcing"

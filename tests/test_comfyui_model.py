@@ -343,6 +343,7 @@ class Sampling:
         model=None,
         callback=None,
         prompt=None,
+        positive=None,
     ):
         """Image and depth latents from ComfyUI's sampler; by default both are made."""
         nested = self.comfy.nested_tensor.NestedTensor
@@ -356,7 +357,7 @@ class Sampling:
             cfg,
             self.comfy.samplers.sampler_object(sampler),
             self.sigmas(6) if sigmas is None else sigmas,
-            self.conds("a red ball", **(prompt or {})),
+            positive or self.conds("a red ball", **(prompt or {})),
             self.conds(""),
             nested(latent or [torch.zeros_like(x) for x in noise]),
             noise_mask=nested(mask) if isinstance(mask, list) else mask,

@@ -14,9 +14,17 @@ import trimesh
 
 from comfyui_nodes import core
 from comfyui_nodes.core import OLDEST, WHOLE_PACK, missing, state_of_the_core
-from comfyui_nodes.depth_sockets import depth_from_image, encode_depth, image_from_depth, points_from_depth
+from comfyui_nodes.depth_sockets import (
+    depth_from_image,
+    fov_of,
+    geometry_from_depth,
+    image_from_depth,
+    image_from_socket,
+    known_depth,
+    points_from_depth,
+)
 from comfyui_nodes.streams import DEPTH_STRENGTHS, Streams, held_at
-from mf_diffusers.modality_forcing.depth_processor import DepthProcessor, contract
+from mf_diffusers.modality_forcing.depth_processor import DepthProcessor
 from mf_diffusers.modality_forcing.noise import add_noise, shift_timestep, velocity_from_clean
 
 
@@ -155,34 +163,36 @@ def test_depth_pictures():
         depth_from_image(image, torch.ones(3, 12, 20))
 
 
-def test_depth_into_model_space():
+def test_inverse_depth():
     image = plane()
     image[:, :2, :3] = 0
-    maps, missing, scale = encode_depth(image, None, (12, 20), PROCESSOR)
-    assert torch.equal(missing[:, 0, :2, :3], torch.ones(2, 2, 3, dtype=torch.bool)) and missing.sum() == 12
-    values = image[0, ..., 0]
-    assert torch.allclose(scale, values[values > 0].mean())
-    torch.testing.assert_close(maps[0, 0][values > 0], contract(values[values > 0] / scale[0]))
-    assert not maps[missing].any()
-    inverse, _, _ = encode_depth(1 / image, None, (12, 20), PROCESSOR, inverse=True)
-    torch.testing.assert_close(inverse, maps)
-    assert encode_depth(image, None, (8, 16), PROCESSOR)[0].shape == (2, 1, 8, 16)
-    image[1] = 0
-    with pytest.raises(ValueError, match="Depth map 1 of the batch has no valid pixel"):
-        encode_depth(image, None, (12, 20), PROCESSOR)
+    assert torch.equal(known_depth(image, None), image[..., :1].movedim(-1, 1))
+    torch.testing.assert_close(known_depth(1 / image, None, inverse=True)[:, :, 2:], known_depth(image, None)[:, :, 2:])
+    assert (known_depth(1 / image, None, inverse=True)[:, :, :2, :3] == 0).all()  # inf is at the camera
 
 
-def test_infinite_depth_is_known_to_the_models_that_know_it():
-    image = plane()
-    image[:, :3] = torch.inf
-    maps, missing, scale = encode_depth(image, None, (12, 20), DepthProcessor(infinite_depth=True))
-    assert not missing.any() and (maps[:, :, :3] == 2).all()
-    others, missing_to_others, scale_of_others = encode_depth(image, None, (12, 20), PROCESSOR)
-    assert (missing_to_others == torch.isinf(image[..., :1].movedim(-1, 1))).all()
-    assert torch.equal(scale, scale_of_others) and torch.equal(maps[:, :, 3:], others[:, :, 3:])
-    inverse, missing, _ = encode_depth(1 / image, None, (12, 20), DepthProcessor(infinite_depth=True), inverse=True)
-    assert torch.equal(missing, missing_to_others)  # 0 says nothing
-    torch.testing.assert_close(inverse, others)
+def test_geometry_is_depth_too():
+    depth, valid = depth_from_image(plane())
+    valid[:, :, 3:5] = False
+    geometry = geometry_from_depth(depth, valid)
+    assert geometry["image"].shape == (2, 12, 20, 3)
+    back, kept = depth_from_image(*image_from_socket(geometry))
+    assert torch.equal(kept, valid) and torch.equal(back[valid], depth[valid])
+    mask = torch.ones(2, 12, 20)
+    mask[:, 0] = 0
+    assert torch.equal(depth_from_image(*image_from_socket(geometry, mask))[1], valid & (mask != 0)[:, None])
+    image, mask = image_from_socket(plane(), None)
+    assert torch.equal(image, plane()) and mask is None
+    with pytest.raises(ValueError, match="no depth, but points alone"):
+        image_from_socket({"points": torch.zeros(1, 2, 2, 3)})
+
+
+@pytest.mark.parametrize("size", [(12, 20), (20, 12)])
+def test_the_field_of_view_of_a_geometry(size):
+    _, geometry = points_from_depth(plane(*size), fov=47.0)
+    assert fov_of(geometry) == pytest.approx(47.0)
+    with pytest.raises(ValueError, match="Give the `fov`"):
+        fov_of(plane())
 
 
 def test_points():
@@ -217,11 +227,12 @@ def test_points():
 
 
 def node_ids():
-    return re.findall(r'node_id="(\w+)"', (PACK / "nodes.py").read_text(encoding="utf-8"))
+    sources = (path.read_text(encoding="utf-8") for path in PACK.glob("*_nodes.py"))
+    return re.findall(r'node_id="(\w+)"', "".join(sources))
 
 
 def test_every_node_has_a_help_page():
-    assert len(node_ids()) == 8 and all(name.startswith("ModalityForcing") for name in node_ids())
+    assert len(node_ids()) == 13 and all(name.startswith("ModalityForcing") for name in node_ids())
     pages = {path.stem: path.read_text(encoding="utf-8") for path in (PACK / "web" / "docs").glob("*.md")}
     assert set(pages) == set(node_ids())
     assert all(page.startswith("# ") and len(page) > 300 for page in pages.values())

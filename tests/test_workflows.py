@@ -19,7 +19,10 @@ from mf_diffusers.embedded import EMBEDDED_MODEL
 
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
-WORKFLOWS, NODES = REPOSITORY / "workflows", REPOSITORY / "comfyui_nodes" / "nodes.py"
+WORKFLOWS = REPOSITORY / "workflows"
+NODES = "\n".join(
+    path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "comfyui_nodes").glob("*_nodes.py"))
+)
 NAMES = ["depth_to_image", "photo_to_depth", "refine_pass", "relight_restyle", "text_to_rgbd"]
 SAVERS = {"PreviewImage", "SaveGLB", "SaveImage", "SaveImageAdvanced"}
 CORE_INPUTS = {
@@ -49,13 +52,14 @@ def real_nodes(editor):
 def inputs_of_ours():
     """Names of each node's inputs, from the source: the nodes themselves need ComfyUI."""
     nodes = {}
-    for schema in ast.walk(ast.parse(NODES.read_text(encoding="utf-8"))):
+    for schema in ast.walk(ast.parse(NODES)):
         if isinstance(schema, ast.Call) and ast.unparse(schema.func) == "io.Schema":
             settings = {keyword.arg: keyword.value for keyword in schema.keywords}
+            calls = [call for call in ast.walk(settings["inputs"]) if isinstance(call, ast.Call)]
+            names = [(call, ast.unparse(call.func)) for call in calls]
             nodes[settings["node_id"].value] = {
-                call.args[0].value
-                for call in ast.walk(settings["inputs"])
-                if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".Input")
+                *(call.args[0].value for call, name in names if name.endswith(".Input")),
+                *(name.removesuffix("_input") for _, name in names if name.endswith("_input")),
             }
     return nodes
 
@@ -100,7 +104,7 @@ def test_nodes_are_stock_or_ours(name):
 def test_a_first_run_needs_no_download(name):
     """The embedded model, and no file but the picture that comes with ComfyUI."""
     _, api = read(name)
-    embedded = re.search(r'^EMBEDDED = "(.+)"', NODES.read_text(encoding="utf-8"), re.M)[1]
+    embedded = re.search(r'^EMBEDDED = "(.+)"', NODES, re.M)[1]
     on_board = {"LoadImage": {"image": "example.png"}, "ModalityForcingLoadPipeline": {"pipeline": embedded}}
     loaders = [data for data in api.values() if "Load" in data["class_type"]]
     assert loaders and all(data["inputs"] == on_board[data["class_type"]] for data in loaders)
