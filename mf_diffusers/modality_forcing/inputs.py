@@ -303,12 +303,21 @@ def check_given(
                 raise ValueError(f"`{name}` {why}, but the depth is given: leave it out.")
 
 
-def check_counts(num_prompts: int, image: GivenImage | None, depth: GivenDepth | None) -> int:
-    """How many results a call has before `num_images_per_prompt`.
+def check_counts(
+    prompt: str | list[str] | None,
+    prompt_embeds: torch.Tensor | None,
+    image: GivenImage | None,
+    depth: GivenDepth | None,
+    num_images_per_prompt: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> int:
+    """How many results a call has.
 
-    Raises ValueError where prompts, images and depth maps are neither as many, nor one for all.
+    Raises ValueError where prompts, images and depth maps are neither as many, nor one for all, or of two sizes; or
+    where generators are not as many as results.
     """
-    counts = {"prompts": num_prompts}
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    counts = {"prompts": len(prompts if prompt_embeds is None else prompt_embeds)}
     if image is not None:
         counts["images"] = len(image.pixels)
     if depth is not None:
@@ -321,7 +330,10 @@ def check_counts(num_prompts: int, image: GivenImage | None, depth: GivenDepth |
         raise ValueError(
             f"`image` is {image.size} and `depth` {depth.size} (H, W): give them at one size, pixel over pixel."
         )
-    return most
+    results = most * num_images_per_prompt
+    if isinstance(generator, list) and len(generator) != results:
+        raise ValueError(f"{len(generator)} generators do not go with {results} results: give one for each, or one.")
+    return results
 
 
 def check_memory(

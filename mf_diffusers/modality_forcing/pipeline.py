@@ -35,6 +35,7 @@ from .model_files import check_loaded
 from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
 from .stream import Stream
+from .task import Task
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
@@ -160,6 +161,28 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             )
         prompt_embeds = prompt_embeds.to(device).repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, text_position_ids(prompt_embeds)
+
+    def prepare_prompts(
+        self,
+        prompt: str | list[str] | None,
+        batch_size: int,
+        device: torch.device,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Text features of `batch_size` results, and, where guidance is on, those that it steers away from, (B, L, D)
+        each: by default those of the empty prompt.
+        """
+        prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else prompt
+        num_prompts = len(prompts if prompt_embeds is None else prompt_embeds)
+        prompt_embeds, _ = self.encode_prompt(prompts, device, batch_size // num_prompts, prompt_embeds)
+        if not self.do_classifier_free_guidance:
+            return prompt_embeds, None
+        num_negative = 1 if negative_prompt_embeds is None else len(negative_prompt_embeds)
+        if num_negative not in (1, num_prompts):
+            raise ValueError(f"{num_negative} `negative_prompt_embeds` do not go with {num_prompts} prompts.")
+        return prompt_embeds, self.encode_prompt("", device, batch_size // num_negative, negative_prompt_embeds)[0]
 
     def prepare_latents(
         self, batch_size: int, height: int, width: int, device, generator, latents: torch.Tensor | None = None
@@ -287,7 +310,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
     ) -> Stream:
         """
         Depth as the stream that is made of a finished image, from noise or from a start. What is known of it in part
-        comes in afterwards, see [`log_correction`].
+        comes in afterwards, see [`complete`].
         """
         scheduler = self.prepare_scheduler(self.depth_scheduler, sigmas, noise.device)
         start = None
@@ -429,6 +452,34 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             return resized * self.depth_processor.scale(known, is_known).view(-1, 1, 1, 1), mask, uncertainty
         is_known = is_known & known.isfinite()
         return complete(depth, resized, known, is_known), mask | is_known, uncertainty
+
+    def postprocess(
+        self,
+        image_tokens: torch.Tensor | None,
+        depth_samples: list[torch.Tensor],
+        image: GivenImage | None,
+        depth: GivenDepth | None,
+        size: tuple[int, int],
+        output_size: tuple[int, int],
+        output_type: str,
+    ) -> tuple[Any, Any, Any, Any]:
+        """
+        What a call returns, of what it made at `size` and what it was given: images, depth, its mask and its
+        uncertainty, `None` where there is none. See [`ModalityForcingPipelineOutput`].
+        """
+        rows, columns = (length // self.token_size for length in size)
+        images, depth_outputs = None, (None, None, None)
+        if image_tokens is not None and output_type == "latent":
+            images = tokens_to_latents(self.vae, image_tokens, rows, columns)
+        elif image_tokens is not None:
+            images = self.postprocess_image(image_tokens, rows, columns, image, output_size, output_type)
+        if depth_samples and output_type == "latent":
+            depth_outputs = (self.depth_processor.unpatchify(depth_samples[0], *size), None, None)
+        elif depth_samples:
+            depth_outputs = self.postprocess_depth(depth_samples, *size, depth, output_size)
+            if output_type != "pt":
+                depth_outputs = (None if maps is None else maps[:, 0].cpu().numpy() for maps in depth_outputs)
+        return images, *depth_outputs
 
     @property
     def has_depth(self) -> bool:
@@ -609,58 +660,37 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             log2_alpha=log2_alpha,
             depth_latents=depth_latents,
         )
-        if prompt_embeds is None and (prompt is None or isinstance(prompt, str)):
-            prompt = [prompt or ""]
-        num_prompts = len(prompt if prompt_embeds is None else prompt_embeds)
-        batch_size = check_counts(num_prompts, image, depth) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators do not go with {batch_size} results: give one for each, or one."
-            )
+        batch_size = check_counts(prompt, prompt_embeds, image, depth, num_images_per_prompt, generator)
         input_size = next((given.size for given in (image, depth) if given is not None), None)
         (height, width), output_size = self.prepare_size(height, width, input_size)
-        self._working_size = (height, width)
-        rows, columns = height // self.token_size, width // self.token_size
         device = self._execution_device
         check_memory(self, batch_size, (height, width), output_size, device)
 
-        # 2. What is made, in how many steps
-        makes_image = image is None or not image.is_whole
-        completes_depth = depth is not None and not depth.is_whole and not (makes_image and depth.is_start)
-        passes = 0  # over a finished image, that make its depth
-        if not makes_image or completes_depth or num_refinement_steps:
-            passes = ensemble_size
-        steps, scale = self.config.default_depth_steps, self.config.default_depth_guidance_scale
-        if makes_image:
-            steps, scale = self.config.default_num_inference_steps, self.config.default_guidance_scale
-        self._guidance_scale = scale if guidance_scale is None else guidance_scale
-        if sigmas is None:
-            sigmas = even_levels(num_inference_steps or steps)
-        self._num_inference_steps = len(sigmas)
-        depth_sigmas = sigmas
-        if makes_image:
-            depth_sigmas = even_levels(num_refinement_steps or self.config.default_depth_steps)
-            sigmas = remaining_levels(sigmas, strength)
-        else:
-            depth_sigmas = remaining_levels(sigmas, depth_strength)
-        self._num_timesteps = len(sigmas) * makes_image + len(depth_sigmas) * passes
+        # 2. What is made, in which steps
+        task = Task.of_call(
+            image,
+            depth,
+            self.config,
+            strength=strength,
+            depth_strength=depth_strength,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            num_refinement_steps=num_refinement_steps,
+            ensemble_size=ensemble_size,
+        )
+        self._working_size = (height, width)
+        self._guidance_scale = task.guidance_scale
+        self._num_inference_steps = task.num_inference_steps
+        self._num_timesteps = task.num_timesteps
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._interrupt = False
 
-        # 3. Text features; guidance steers away from those of the empty prompt
-        prompt_embeds, _ = self.encode_prompt(prompt, device, batch_size // num_prompts, prompt_embeds)
-        if self.do_classifier_free_guidance:
-            num_negative = 1 if negative_prompt_embeds is None else len(negative_prompt_embeds)
-            if num_negative not in (1, num_prompts):
-                raise ValueError(f"{num_negative} `negative_prompt_embeds` do not go with {num_prompts} prompts.")
-            negative_prompt_embeds, _ = self.encode_prompt(
-                "", device, batch_size // num_negative, negative_prompt_embeds
-            )
-        else:
-            negative_prompt_embeds = None
+        # 3. Text features
+        features = self.prepare_prompts(prompt, batch_size, device, prompt_embeds, negative_prompt_embeds)
 
-        positions = token_positions(rows, columns, device)
+        positions = token_positions(height // self.token_size, width // self.token_size, device)
         shape = (batch_size, height, width, device, generator)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
@@ -672,9 +702,9 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
 
             # 4. The image, together with its depth or with what is known of it; or the tokens of a given one
             depth_samples = []
-            if makes_image:
+            if task.makes_image:
                 noise = self.prepare_latents(*shape, latents)
-                streams = {"image": self.prepare_image_stream(image, noise, height, width, sigmas, device)}
+                streams = {"image": self.prepare_image_stream(image, noise, height, width, task.sigmas, device)}
                 if self.has_depth:
                     if log2_alpha is None and (depth is None or depth.is_start):
                         log2_alpha = self.config.default_log2_alpha
@@ -682,7 +712,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
                     streams["depth"] = self.prepare_depth_beside_image(
                         depth, noise, streams["image"], height, width, log2_alpha, depth_strength
                     )
-                self.denoise(streams, positions, prompt_embeds, negative_prompt_embeds, generator, on_step)
+                self.denoise(streams, positions, *features, generator, on_step)
                 image_tokens = streams["image"].tokens
                 if self.has_depth and streams["depth"].is_made:
                     depth_samples = [streams["depth"].tokens]
@@ -691,37 +721,33 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
 
             # 5. The depth of a finished image: estimated, refined, or completed
             estimates = []
-            for _ in range(passes):
-                noise = self.prepare_depth_latents(*shape, None if makes_image else depth_latents)
-                given = depth if completes_depth else None
-                depth_stream = self.prepare_depth_of_image(given, noise, height, width, depth_sigmas)
+            for _ in range(task.depth_passes):
+                noise = self.prepare_depth_latents(*shape, None if task.makes_image else depth_latents)
+                given = depth if task.completes_depth else None
+                depth_stream = self.prepare_depth_of_image(given, noise, height, width, task.depth_sigmas)
                 streams = {"image": Stream.given(image_tokens, depth_stream.levels), "depth": depth_stream}
                 # Over an image that was made, guidance is off, as it is for image -> depth by default.
-                negative = None if makes_image else negative_prompt_embeds
-                self.denoise(streams, positions, prompt_embeds, negative, generator, on_step)
+                negative = None if task.makes_image else features[1]
+                self.denoise(streams, positions, features[0], negative, generator, on_step)
                 if self.interrupt and (depth_samples or estimates):
                     break  # what is there already is better than a map half made
                 estimates.append(depth_stream.tokens)
-            depth_samples = estimates or depth_samples
         self._current_timestep = None
 
         # 6. Back to images and depth maps
-        images, depth_outputs = None, (None, None, None)
-        if makes_image and output_type == "latent":
-            images = tokens_to_latents(self.vae, image_tokens, rows, columns)
-        elif makes_image:
-            images = self.postprocess_image(image_tokens, rows, columns, image, output_size, output_type)
-        if depth_samples and output_type == "latent":
-            depth_outputs = (self.depth_processor.unpatchify(depth_samples[0], height, width), None, None)
-        elif depth_samples:
-            depth_outputs = self.postprocess_depth(depth_samples, height, width, depth, output_size)
-            if output_type != "pt":
-                depth_outputs = (None if maps is None else maps[:, 0].cpu().numpy() for maps in depth_outputs)
-
+        outputs = self.postprocess(
+            image_tokens if task.makes_image else None,
+            estimates or depth_samples,
+            image,
+            depth,
+            (height, width),
+            output_size,
+            output_type,
+        )
         self.maybe_free_model_hooks()
         if not return_dict:
-            return (images, *depth_outputs)
-        return ModalityForcingPipelineOutput(images, *depth_outputs)
+            return outputs
+        return ModalityForcingPipelineOutput(*outputs)
 
 
 def token_positions(rows: int, columns: int, device) -> dict[str, torch.Tensor]:
@@ -730,16 +756,6 @@ def token_positions(rows: int, columns: int, device) -> dict[str, torch.Tensor]:
         "image": position_ids(rows=rows, columns=columns).to(device),
         "depth": position_ids(time=1, rows=rows, columns=columns).to(device),
     }
-
-
-def even_levels(steps: int) -> np.ndarray:
-    """Noise levels from 1 in equal steps, without the last, 0."""
-    return np.linspace(1.0, 1 / steps, steps)
-
-
-def remaining_levels(levels, strength: float | None):
-    """The share `strength` of the levels, the last of them; one at least."""
-    return levels if strength is None else levels[int(len(levels) - min(len(levels) * strength, len(levels))) :]
 
 
 def text_position_ids(prompt_embeds: torch.Tensor) -> torch.Tensor:
