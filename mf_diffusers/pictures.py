@@ -170,7 +170,10 @@ def _read(file, upright):
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}cannot be read as a picture: its content is of no known format") from error
+        raise ValueError(
+            f"{name}cannot be read as a picture: its content is of no format that Pillow knows (HEIC, raw photos and "
+            "colours in floats are none); save it as PNG or JPEG"
+        ) from error
     except Exception as error:  # decoders meet damaged files with errors of many types
         raise ValueError(f"{name}cannot be read as a picture: {error}") from error
 

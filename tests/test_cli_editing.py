@@ -9,6 +9,7 @@ from tiny import make_pipeline
 from typer.testing import CliRunner
 
 from mf_diffusers import cli
+from mf_diffusers.pictures import turned_upright
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,17 @@ def test_errors_are_a_line_in_the_words_of_the_command_line(files, model):
     assert result.exit_code == 1 and "a mask of the size of the image" in result.output
     result = run(files, model, "complete", files / "room.png", files / "whole.npy")
     assert result.exit_code == 1 and "nothing is left to make" in result.output
+
+
+@pytest.mark.parametrize("command", ["inpaint", "complete"])
+@pytest.mark.parametrize("value", [3, 6, 7])
+def test_depth_lies_as_the_picture_does(files, model, command, value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    Image.open(files / "room.png").save(files / "room.png", exif=exif)
+    depth = files / ("sparse.npy" if command == "complete" else "whole.npy")
+    given = [depth] if command == "complete" else ["--depth", depth, "--strength", 0.5, "--prompt", "at night"]
+    result = run(files, model, command, files / "room.png", *given)
+    assert result.exit_code == 0, result.output
+    known = turned_upright(np.load(depth), value)
+    assert np.array_equal(np.load(files / "out/room/depth.npy")[known > 0], known[known > 0])

@@ -199,7 +199,6 @@ SEVERAL_CHANNELS = {
     "TIFF, RGB of floats": (".tif", tiff(**RGB)(channels(3).astype(np.float32))),
     "TIFF, float64": (".tif", tiff()(LEVELS.astype(np.float64))),
     "TIFF, uint32": (".tif", tiff()(LEVELS.astype(np.uint32))),
-    "TIFF, first of two pages": (".tif", tiff(photometric="minisblack")(np.stack([LEVELS, LEVELS + 1]))),
 }
 
 
@@ -224,6 +223,33 @@ def test_a_tiff_is_brought_upright_as_pictures_are(tmp_path, orientation):
     picture = Image.fromarray(levels)
     picture.getexif()[274] = orientation
     assert np.array_equal(read_depth(tmp_path / "a.tif"), np.asarray(ImageOps.exif_transpose(picture)))
+
+
+@pytest.mark.parametrize("dtype, value", [(np.float32, 99), (np.float64, -9999), (np.uint16, 20000), (np.int32, -1)])
+def test_missing_values_that_a_tiff_names(tmp_path, dtype, value):
+    values = scene(value, dtype, nearer=SCENE if dtype in (np.float32, np.float64) else LEVELS)
+    (tmp_path / "a.tif").write_bytes(tiff(extratags=[(42113, "s", 0, str(value), True)])(values))
+    assert np.array_equal(read_depth(tmp_path / "a.tif") > 0, ~SKY)
+    assert np.array_equal(np.isnan(read_values(tmp_path / "a.tif")), SKY)
+
+
+def test_pages_after_the_first_are_left_out_and_said_so(tmp_path):
+    for name, subfiletypes in {"pages.tif": [0, 0, 0], "pyramid.tif": [0, 1, 1]}.items():
+        with tifffile.TiffWriter(tmp_path / name) as file:
+            for number, kind in enumerate(subfiletypes):
+                file.write(SCENE * (number + 1), subfiletype=kind)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert np.array_equal(read_depth(tmp_path / name), SCENE)
+        assert [str(one.message).split(": ")[1] for one in warned] == (
+            ["only the first of 3 pages is used"] if name == "pages.tif" else []
+        )
+
+
+def test_a_jpeg_is_no_png_whatever_its_name(tmp_path):
+    Image.fromarray((10 * SCENE).astype(np.uint8)).save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(ValueError, match=r"a\.png: damaged, or not the \.png file"):
+        read_depth(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix, write", [(".png", lambda c: png(c, 2)), (".tif", tiff(**RGB))])

@@ -34,11 +34,12 @@ def inpaint(
         raise ValueError("what is to change? Give a `mask_image`, a `strength`, or both.")
 
     def inputs(path):
-        given = {"image": read_image(path), "prompt": prompt, "strength": strength, "log2_alpha": log2_alpha}
+        image, orientation = read_oriented(path)
+        given = {"image": image, "prompt": prompt, "strength": strength, "log2_alpha": log2_alpha}
         if mask is not None:
             given["mask_image"] = read_image(mask)
         if depth is not None:
-            given["depth"] = depth_files.read(depth)
+            given["depth"] = turned_along(depth_files.read(depth), image, orientation)
         return given
 
     own = {"prompt": prompt, "mask": mask, "depth": depth, "strength": strength, "log2_alpha": log2_alpha}

@@ -16,7 +16,7 @@ def read(path, key=None) -> Stored:
 
     Of several channels, which must be equal, the first; alpha is left out.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:  # not a JPEG of that name, whose levels are not exact
         check_memory(image.size, 8)
         if image.mode.startswith("I"):
             levels = np.asarray(image)
