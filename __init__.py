@@ -13,11 +13,13 @@ sys.path.append(str(Path(__file__).parent))
 from .comfyui_nodes import core
 
 
-works, lines = core.state_of_the_core(comfyui_version)
-for line in lines:
-    logging.warning(line)
+requirements = Path(__file__).with_name("requirements.txt")
+states = [core.state_of_the_core(comfyui_version), core.state_of_the_packages(requirements)]
+for _, lines in states:
+    for line in lines:
+        logging.warning(line)
 
-if works:
+if all(works for works, _ in states):
     from .comfyui_nodes import latents, model
     from .comfyui_nodes.nodes import comfy_entrypoint
 

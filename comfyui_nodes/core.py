@@ -3,9 +3,14 @@
 Written without an import of the core, so that the check can speak where the core has changed.
 """
 
+import importlib.metadata
 import inspect
 import pkgutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
 
 
 OLDEST = "0.27"  # pyproject.toml says the same to ComfyUI's registry
@@ -146,3 +151,29 @@ def state_of_the_core(version: str) -> tuple[bool, list[str]]:
     ]
     # Where a parameter alone is another, most graphs may run yet.
     return LEANS_ON[WHOLE_PACK].keys().isdisjoint(lost[WHOLE_PACK]), lines
+
+
+def state_of_the_packages(requirements: Path) -> tuple[bool, list[str]]:
+    """
+    Args:
+        requirements: a file of them.
+
+    Returns:
+        Whether all are installed, and a line with the remedy for those that are missing, and for those that are old.
+    """
+    absent, old = [], []
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(requirement.name)
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            old.append(f"{line}, and {version} is installed")
+    remedy = f'run "{sys.executable}" -m pip install -r "{requirements}" and restart ComfyUI.'
+    said = {"needs packages that are not installed": absent, "may not work with older packages": old}
+    lines = [f"Modality Forcing {what} ({'; '.join(names)}): {remedy}" for what, names in said.items() if names]
+    return not absent, lines

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import trimesh
 
 from comfyui_nodes import core
-from comfyui_nodes.core import OLDEST, WHOLE_PACK, missing, state_of_the_core
+from comfyui_nodes.core import OLDEST, WHOLE_PACK, missing, state_of_the_core, state_of_the_packages
 from comfyui_nodes.depth_sockets import (
     depth_from_image,
     fov_of,
@@ -29,6 +30,7 @@ from mf_diffusers.modality_forcing.noise import add_noise, shift_timestep, veloc
 
 
 PACK = Path(__file__).parents[1] / "comfyui_nodes"
+PYPROJECT = (PACK.parent / "pyproject.toml").read_text(encoding="utf-8")
 PROCESSOR = DepthProcessor()
 SHAPES = [(2, 4, 2, 3), (2, 1, 8, 12)]
 
@@ -276,4 +278,43 @@ def test_a_core_that_does_not_serve_is_named_in_one_line(monkeypatch):
 
 
 def test_the_oldest_core_is_that_of_the_registry():
-    assert f'requires-comfyui = ">={OLDEST}.0"' in (PACK.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-comfyui = ">={OLDEST}.0"' in PYPROJECT
+
+
+# Installation
+
+
+def test_requirements_are_those_of_the_package():
+    dependencies = re.search(r"^dependencies = \[(.*?)^\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]
+    listed = (PACK.parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in listed if not line.startswith("#")] == re.findall(r'"(.+)"', dependencies)
+
+
+def test_a_missing_package_is_named_with_the_remedy(tmp_path):
+    file = tmp_path / "requirements.txt"
+    file.write_text("# A list.\ntorch>=1.0\nnumpy>=1.0\n")
+    assert state_of_the_packages(file) == (True, [])
+    file.write_text("torch>=1.0\nno-such-package>=2.0\nnumpy>=99.0\nnone-either\n")
+    works, (absent, old) = state_of_the_packages(file)
+    assert not works
+    assert "needs packages that are not installed (no-such-package; none-either): run" in absent
+    assert f'-m pip install -r "{file}" and restart ComfyUI.' in absent
+    assert "may not work with older packages (numpy>=99.0, and " in old
+    file.write_text("numpy>=99.0\n")
+    assert state_of_the_packages(file)[0]
+
+
+def test_the_registrys_archive_is_small():
+    """What `comfy node publish` sends: files under git without those of .comfyignore, in less than 20 MB."""
+    lines = (PACK.parent / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    ignored = tuple(line for line in lines if not line.startswith("#"))
+    done = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=PACK.parent)
+    if done.returncode:
+        pytest.skip("this is no git checkout")
+    names = [name for name in done.stdout.splitlines() if not name.startswith(ignored)]
+    assert {"__init__.py", "requirements.txt", "workflows/text_to_rgbd.json"} <= set(names)
+    archive = BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in names:
+            file.write(PACK.parent / name, name)
+    assert archive.tell() < 20e6
