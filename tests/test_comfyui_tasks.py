@@ -12,8 +12,7 @@ if not os.environ.get("COMFYUI_PATH"):
 pytestmark = pytest.mark.comfyui
 
 import test_comfyui_model as base  # noqa: E402
-from test_golden import max_error  # noqa: E402
-from tiny import close_depth  # noqa: E402
+from tiny import close_depth, max_error  # noqa: E402
 
 
 HEIGHT, WIDTH = base.HEIGHT, base.WIDTH
