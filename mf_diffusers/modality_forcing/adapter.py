@@ -79,6 +79,14 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is no adapter, or one of another base or other depth modules; nothing is loaded then.
+
+        Example:
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> pipe.save_adapter("adapter.safetensors", base="mine/base")  # as training does; here without a LoRA
+            >>> pipe.load_adapter("adapter.safetensors")
+            >>> pipe.unload_adapter()
         """
         adapter = read_adapter(path)
         check_adapter(adapter, self.transformer, path)

@@ -68,6 +68,18 @@ class DepthProcessor(ConfigMixin):
 
     Raises:
         ValueError: a number that no depth has.
+
+    Example:
+        >>> import torch
+        >>> from mf_diffusers import DepthProcessor
+        >>> processor = DepthProcessor(patch_size=8)
+        >>> metres = torch.linspace(1, 5, 16 * 24).view(1, 1, 16, 24)
+        >>> tokens, valid, scale = processor.preprocess(metres)
+        >>> tuple(tokens.shape), round(scale.item(), 3)
+        ((1, 6, 64), 3.0)
+        >>> restored, _ = processor.postprocess(tokens, 16, 24, scale=scale)
+        >>> torch.allclose(restored, metres, rtol=1e-5)
+        True
     """
 
     config_name = "depth_processor_config.json"

@@ -20,6 +20,13 @@ class ModalityForcingTransformerOutput(BaseOutput):
             RGB velocity, noise minus clean latents.
         depth_sample (`torch.Tensor` of shape `(batch_size, image_sequence_length, depth_channels)`, *optional*):
             Clean depth tokens (x-prediction), float32. `None` when no depth went in.
+
+    Example:
+        >>> import torch
+        >>> from mf_diffusers import ModalityForcingTransformerOutput
+        >>> output = ModalityForcingTransformerOutput(sample=torch.zeros(1, 64, 32))  # what went in had no depth
+        >>> tuple(output.sample.shape), output.depth_sample
+        ((1, 64, 32), None)
     """
 
     sample: torch.Tensor

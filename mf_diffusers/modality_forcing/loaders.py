@@ -53,6 +53,13 @@ class ModalityForcingLoaderMixin:
         Raises:
             FileNotFoundError: there is no such folder or repository, or a file of it is missing.
             ValueError: a part is damaged or impossible, or does not fit the others; the message names it.
+
+        Example:
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> pipe.config.default_sample_size
+            64
         """
         hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
         folder = repository_folder(pretrained_model_name_or_path, PIPELINE_FILES, **hub)
@@ -133,6 +140,15 @@ class ModalityForcingLoaderMixin:
         Raises:
             FileNotFoundError: There is no such folder or repository, or a file is missing.
             ValueError: It is damaged or does not fit the transformer, or "auto" knows none that does.
+
+        Example:
+            >>> import torch
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL, text_encoder=None)
+            >>> pipe.load_text_encoder(EMBEDDED_MODEL / "text_encoder", dtype=torch.float32)
+            >>> len(pipe("a red ball", num_inference_steps=2).images)
+            1
         """
         width = self.transformer.config.joint_attention_dim
         name = TEXT_ENCODERS.get(width) if text_encoder == "auto" else text_encoder
@@ -173,6 +189,20 @@ class ModalityForcingLoaderMixin:
 
         Raises:
             ValueError: the base has depth already, or the adapter is of another base.
+
+        Example:
+            >>> from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> own = pipe.transformer.config
+            >>> transformer = Flux2Transformer2DModel(
+            ...     **{name: own[name] for name in own if name[0] != "_" and "depth" not in name}
+            ... )
+            >>> base = Flux2KleinPipeline(pipe.scheduler, pipe.vae, pipe.text_encoder, pipe.tokenizer, transformer)
+            >>> grafted = ModalityForcingPipeline.from_base(base, text_encoder_out_layers=(1, 2, 3))
+            >>> grafted.has_depth, grafted.transformer.config.num_depth_decoder_layers
+            (True, 4)
         """
         patch_size = 2 * base.vae_scale_factor
         graft = {"num_depth_decoder_layers": num_depth_decoder_layers}

@@ -71,6 +71,18 @@ class ModalityForcingLoraMixin(Flux2LoraLoaderMixin):
             FileNotFoundError: There is no such file or repository.
             ValueError: A key has no place in the transformer, a width differs, or it changes nothing; nothing is
                 loaded then.
+
+        Example:
+            >>> import torch
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> layer = "transformer.single_transformer_blocks.0.attn.to_out"
+            >>> rows, columns = pipe.transformer.single_transformer_blocks[0].attn.to_out.weight.shape
+            >>> lora = {f"{layer}.lora_A.weight": torch.ones(4, columns), f"{layer}.lora_B.weight": torch.ones(rows, 4)}
+            >>> pipe.load_lora_weights(lora, adapter_name="style")
+            >>> pipe.set_adapters("style", 0.7)
+            >>> pipe.unload_lora_weights()
         """
         source, config = "The LoRA", {}
         if isinstance(pretrained_model_name_or_path_or_dict, dict):

@@ -73,6 +73,14 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             depth alone is.
         default_guidance_scale (`float`, defaults to 4.0), default_depth_guidance_scale (`float`, defaults to 1.0): The
             same for guidance; 1 switches it off.
+
+    Example:
+        >>> from mf_diffusers import ModalityForcingPipeline
+        >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+        >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+        >>> output = pipe("a red ball on the left of a yellow block", num_inference_steps=2)
+        >>> output.images[0].size, output.depth.shape
+        ((64, 64), (1, 64, 64))
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -143,6 +151,17 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
 
         Returns:
             Features (B * num_images_per_prompt, L, D) and text positions (1, L, 4).
+
+        Example:
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> prompt_embeds, text_ids = pipe.encode_prompt(["a red ball", "a blue cone"])
+            >>> tuple(prompt_embeds.shape), tuple(text_ids.shape)
+            ((2, 32, 384), (1, 32, 4))
+            >>> output = pipe(prompt_embeds=prompt_embeds, guidance_scale=1.0, num_inference_steps=2)
+            >>> len(output.images)
+            2
         """
         device = device or self._execution_device
         if prompt_embeds is None and (self.text_encoder is None or self.tokenizer is None):
@@ -208,6 +227,15 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
 
         What comes in goes out at its own size; it is worked on at the size that the checkpoint's rule gives it, or near
         `height` x `width` where the caller gives them. Without an input, the size asked for is returned.
+
+        Example:
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> pipe.prepare_size(None, None, input_size=(480, 640))  # the height and width of a picture
+            ((56, 72), (480, 640))
+            >>> pipe.prepare_size(96, 64, input_size=None)
+            ((96, 64), (96, 64))
         """
         side = self.config.default_sample_size
         if height is None and width is None:
@@ -228,7 +256,16 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
     def prepare_scheduler(
         self, scheduler: FlowMatchEulerDiscreteScheduler, sigmas, device
     ) -> FlowMatchEulerDiscreteScheduler:
-        """The scheduler set to step through `sigmas`, which it shifts, down to 0."""
+        """
+        The scheduler set to step through `sigmas`, which it shifts, down to 0.
+
+        Example:
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> pipe.prepare_scheduler(pipe.scheduler, [1.0, 0.5], "cpu").sigmas
+            tensor([1.0000, 0.7503, 0.0000])
+        """
         scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
         scheduler.set_begin_index(0)
         return scheduler
@@ -262,7 +299,20 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
     def prepare_depth(
         self, depth: GivenDepth, batch_size: int, height: int, width: int, device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Given depth as clean tokens (batch_size, N, p*p), their validity of the same shape, and the scale (B,)."""
+        """
+        Given depth as clean tokens (batch_size, N, p*p), their validity of the same shape, and the scale (B,).
+
+        Example:
+            >>> import numpy as np
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> from mf_diffusers.modality_forcing.inputs import read_depth
+            >>> plane = read_depth(np.full((64, 64), 3.0), None, None, pipe.depth_processor)
+            >>> tokens, valid, scale = pipe.prepare_depth(plane, batch_size=2, height=64, width=64, device="cpu")
+            >>> tuple(tokens.shape), scale.tolist()
+            ((2, 64, 64), [3.0, 3.0])
+        """
         contracted, valid, scale = self.depth_processor.encode(
             depth.depth.to(device), depth.valid.to(device), height, width
         )
@@ -311,6 +361,26 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         """
         Depth as the stream that is made of a finished image, from noise or from a start. What is known of it in part
         comes in afterwards, see [`complete`].
+
+        Example:
+            >>> import torch
+            >>> from PIL import Image
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL, EMBEDDED_SCENES
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> from mf_diffusers.modality_forcing.inputs import read_image
+            >>> from mf_diffusers.modality_forcing.pipeline import token_positions
+            >>> from mf_diffusers.modality_forcing.stream import Stream
+            >>> photo = read_image(Image.open(EMBEDDED_SCENES / "test-018.png"))
+            >>> with torch.no_grad():
+            ...     tokens = pipe.prepare_image(photo.pixels, 1, 64, 64, "cpu")
+            ...     noise = pipe.prepare_depth_latents(1, 64, 64, "cpu", torch.Generator().manual_seed(0))
+            ...     depth = pipe.prepare_depth_of_image(None, noise, 64, 64, sigmas=[1.0])
+            ...     streams = {"image": Stream.given(tokens, depth.levels), "depth": depth}
+            ...     pipe.denoise(streams, token_positions(8, 8, "cpu"), *pipe.prepare_prompts("", 1, "cpu"))
+            ...     maps, mask, _ = pipe.postprocess_depth([depth.tokens], 64, 64, None, (64, 64))
+            >>> tuple(maps.shape)
+            (1, 1, 64, 64)
         """
         scheduler = self.prepare_scheduler(self.depth_scheduler, sigmas, noise.device)
         start = None
@@ -340,6 +410,25 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             generator: Draws the noise of schedulers with `stochastic_sampling`.
             on_step: Called after each step as `on_step(step, timestep, streams, features)`; may change the streams, and
                 the features, which are the list of the two above.
+
+        Example:
+            >>> import torch
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> from mf_diffusers.modality_forcing.pipeline import token_positions
+            >>> generator, size = torch.Generator().manual_seed(0), (64, 64)
+            >>> with torch.no_grad():
+            ...     noise = pipe.prepare_latents(1, *size, "cpu", generator)
+            ...     image = pipe.prepare_image_stream(None, noise, *size, sigmas=[1.0, 0.5], device="cpu")
+            ...     noise = pipe.prepare_depth_latents(1, *size, "cpu", generator)
+            ...     depth = pipe.prepare_depth_beside_image(None, noise, image, *size, 5.0, None)
+            ...     features = pipe.prepare_prompts("a red ball", 1, "cpu")
+            ...     pipe.denoise({"image": image, "depth": depth}, token_positions(8, 8, "cpu"), *features)
+            ...     picture = pipe.postprocess_image(image.tokens, 8, 8, None, size, "pil")[0]
+            ...     images, maps, *_ = pipe.postprocess(image.tokens, [depth.tokens], None, None, size, size, "np")
+            >>> picture.size, images.shape, maps.shape
+            ((64, 64), (1, 64, 64, 3), (1, 64, 64))
         """
         features = [prompt_embeds, negative_prompt_embeds]
         leading = next(stream for stream in streams.values() if stream.is_made)
@@ -369,7 +458,23 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         positions: dict[str, torch.Tensor],
         prompt_embeds: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """What the transformer predicts of each stream, (B, N, C), float32, from its tokens and noise level."""
+        """
+        What the transformer predicts of each stream, (B, N, C), float32, from its tokens and noise level.
+
+        Example:
+            >>> import torch
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> from mf_diffusers.modality_forcing.pipeline import token_positions
+            >>> tokens = {"image": torch.randn(1, 64, 32), "depth": torch.randn(1, 64, 64)}
+            >>> levels = {"image": torch.tensor(0.0), "depth": torch.tensor(1.0)}
+            >>> with torch.no_grad():
+            ...     prompt_embeds, _ = pipe.encode_prompt("")
+            ...     predictions = pipe.predict(tokens, levels, token_positions(8, 8, "cpu"), prompt_embeds)
+            >>> {name: tuple(prediction.shape) for name, prediction in predictions.items()}
+            {'image': (1, 64, 32), 'depth': (1, 64, 64)}
+        """
         dtype, image, depth = self.transformer.dtype, shown["image"], shown.get("depth")
         velocity, clean_depth = self.transformer(
             hidden_states=image.to(dtype),
@@ -386,7 +491,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         predictions = {"image": velocity.float()}
         return predictions if depth is None else predictions | {"depth": clean_depth.float()}
 
-    def run_callback(self, callback, names, step: int, timestep, streams: dict[str, Stream], features: list) -> None:
+    def _run_callback(self, callback, names, step: int, timestep, streams: dict[str, Stream], features: list) -> None:
         """Calls `callback_on_step_end` with the tensors that it asked for, and takes over those that it returns."""
         tensors = {
             "latents": streams["image"].tokens,
@@ -617,6 +722,25 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
 
         Raises:
             ValueError: the message names the argument, its value and what to give instead.
+
+        Example:
+            >>> import numpy as np
+            >>> from PIL import Image
+            >>> from mf_diffusers import ModalityForcingPipeline
+            >>> from mf_diffusers.embedded import EMBEDDED_MODEL, EMBEDDED_SCENES
+            >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+            >>> photo = Image.open(EMBEDDED_SCENES / "test-018.png")
+            >>> output = pipe(image=photo)  # the depth of an image
+            >>> output.images is None, output.depth.shape
+            (True, (1, 256, 256))
+            >>> images = pipe("a blue ball", depth=output.depth, num_inference_steps=2).images  # of that geometry
+            >>> mask = np.zeros((256, 256))
+            >>> mask[64:192, 64:192] = 1
+            >>> output = pipe("a blue ball", image=photo, mask_image=mask, num_inference_steps=2)  # a part made anew
+            >>> sparse = np.where(np.random.default_rng(0).random((256, 256)) < 0.05, output.depth[0], 0)
+            >>> completed = pipe(image=output.images[0], depth=sparse).depth[0]  # the rest of the depth
+            >>> bool((completed[sparse > 0] == sparse[sparse > 0]).all())
+            True
         """
         # 1. Inputs, as tensors, and the batch size they ask for
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -697,7 +821,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             def on_step(step, timestep, streams, features):
                 if callback_on_step_end is not None:
                     names = callback_on_step_end_tensor_inputs
-                    self.run_callback(callback_on_step_end, names, step, timestep, streams, features)
+                    self._run_callback(callback_on_step_end, names, step, timestep, streams, features)
                 progress_bar.update()
 
             # 4. The image, together with its depth or with what is known of it; or the tokens of a given one

@@ -21,6 +21,14 @@ class ModalityForcingPipelineOutput(BaseOutput):
             Validity of `depth`, bool, same shape: False where it was clamped, in the sky for example.
         depth_uncertainty (`np.ndarray` or `torch.Tensor`):
             With an ensemble: relative uncertainty of `depth` (0.1 is about 10%), same shape.
+
+    Example:
+        >>> from mf_diffusers import ModalityForcingPipeline
+        >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+        >>> pipe = ModalityForcingPipeline.from_pretrained(EMBEDDED_MODEL)
+        >>> output = pipe("a green cone", num_inference_steps=2, output_type="np")
+        >>> output.images.shape, output.depth.shape, output.depth_mask.dtype, output.depth_uncertainty
+        ((1, 64, 64, 3), (1, 64, 64), dtype('bool'), None)
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | None = None

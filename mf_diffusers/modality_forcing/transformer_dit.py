@@ -168,6 +168,26 @@ class ModalityForcingDiTTransformer2DModel(
 
     Raises:
         ValueError: heads that do not share out, or position axes that do not fill a head.
+
+    Example:
+        >>> import torch
+        >>> from mf_diffusers import ModalityForcingDiTTransformer2DModel
+        >>> base = ModalityForcingDiTTransformer2DModel(
+        ...     in_channels=32,
+        ...     num_layers=2,
+        ...     attention_head_dim=8,
+        ...     num_attention_heads=4,
+        ...     num_key_value_heads=1,
+        ...     joint_attention_dim=24,
+        ...     axes_dims_rope=(2, 2, 2, 2),
+        ... )
+        >>> model = ModalityForcingDiTTransformer2DModel.from_base(base, depth_channels=64, num_depth_decoder_layers=1)
+        >>> positions = {name: torch.zeros(1, 6, 4, dtype=torch.long) for name in ("img_ids", "txt_ids", "depth_ids")}
+        >>> latents, depth, text = torch.randn(1, 6, 32), torch.randn(1, 6, 64), torch.randn(1, 6, 24)
+        >>> levels = {"timestep": torch.tensor([0.5]), "depth_timestep": torch.tensor([1.0])}
+        >>> output = model(latents, text, depth_hidden_states=depth, **levels, **positions)
+        >>> tuple(output.sample.shape), tuple(output.depth_sample.shape)
+        ((1, 6, 32), (1, 6, 64))
     """
 
     _supports_gradient_checkpointing = True
