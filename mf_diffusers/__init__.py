@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .modality_forcing.transformer_flux2 import (
         ModalityForcingFlux2Transformer2DModel as ModalityForcingFlux2Transformer2DModel,
     )
+    from .modality_forcing.transformer_z_image import (
+        ModalityForcingZImageTransformer2DModel as ModalityForcingZImageTransformer2DModel,
+    )
 
 
 __version__ = "0.1.0"
@@ -31,6 +34,7 @@ _MODULES = {
     "ModalityForcingPipeline": "pipeline",
     "ModalityForcingPipelineOutput": "pipeline_output",
     "ModalityForcingTransformerOutput": "depth_stream",
+    "ModalityForcingZImageTransformer2DModel": "transformer_z_image",
 }
 """Where the public classes live in `modality_forcing`."""
 

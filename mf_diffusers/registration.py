@@ -15,6 +15,7 @@ MODELS_AND_PIPELINES = (
     "ModalityForcingPipeline",
     "ModalityForcingFlux2Transformer2DModel",
     "ModalityForcingDiTTransformer2DModel",
+    "ModalityForcingZImageTransformer2DModel",
     "DepthProcessor",
 )
 

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 
@@ -33,6 +34,26 @@ class ModalityForcingTransformerOutput(BaseOutput):
     depth_sample: torch.Tensor | None = None
 
 
+@dataclass
+class TransformerShape:
+    """
+    The sizes of a transformer that others ask for, whatever its config calls them.
+
+    Args:
+        width: of a token in the trunk.
+        trunk_blocks: blocks over all tokens.
+        mlp_ratio: width of their MLPs over that of a token.
+        token_channels: values of an RGB token that goes in.
+        text_channels: width of the text features.
+    """
+
+    width: int
+    trunk_blocks: int
+    mlp_ratio: float
+    token_channels: int
+    text_channels: int
+
+
 def timestep_sinusoids(timestep: torch.Tensor, channels: int) -> torch.Tensor:
     """Cosines, then sines, of `timestep` (B,) at ``10000**(-i / (channels / 2))``: (B, channels), float32."""
     half = channels // 2
@@ -54,16 +75,26 @@ class DepthTimestepEmbeddings(nn.Module):
         in_channels (`int`): Width of the sinusoidal embedding.
         embedding_dim (`int`): Width of the conditioning vectors.
         mixing (`bool`): Whether the streams hear each other's noise level.
+        hidden_dim (`int`, *optional*): Width inside the MLPs. Default: `embedding_dim`.
+        bias (`bool`, defaults to `False`): Whether the MLPs have biases.
     """
 
-    def __init__(self, in_channels: int, embedding_dim: int, mixing: bool):
+    def __init__(
+        self, in_channels: int, embedding_dim: int, mixing: bool, hidden_dim: int | None = None, bias: bool = False
+    ):
         super().__init__()
         self.in_channels = in_channels
-        self.timestep_embedder = TimestepEmbedding(in_channels, embedding_dim, sample_proj_bias=False)
+
+        def mlp() -> TimestepEmbedding:
+            return TimestepEmbedding(
+                in_channels, hidden_dim or embedding_dim, out_dim=embedding_dim, sample_proj_bias=bias
+            )
+
+        self.timestep_embedder = mlp()
         self.mixing = mixing
         if mixing:
-            self.depth_to_rgb = TimestepEmbedding(in_channels, embedding_dim, sample_proj_bias=False)
-            self.rgb_to_depth = TimestepEmbedding(in_channels, embedding_dim, sample_proj_bias=False)
+            self.depth_to_rgb = mlp()
+            self.rgb_to_depth = mlp()
             self.alpha_rgb = nn.Parameter(torch.zeros(1))
             self.alpha_depth = nn.Parameter(torch.zeros(1))
 
@@ -73,7 +104,7 @@ class DepthTimestepEmbeddings(nn.Module):
         """
         Args:
             temb (`torch.Tensor` of shape (B, D)): conditioning vector of the RGB stream.
-            timestep, depth_timestep (`torch.Tensor` of shape (B,)): noise levels times 1000, in the body's dtype.
+            timestep, depth_timestep (`torch.Tensor` of shape (B,)): noise levels as the base counts them, times 1000.
 
         Returns:
             The conditioning vectors of the RGB and of the depth stream, (B, D) each.
@@ -130,11 +161,30 @@ class DepthStreamMixin:
         """Whether the parameter of this name was added by depth, to the transformer or to a LoRA on it."""
         return not self._depth_modules.isdisjoint(name.split("."))
 
+    @classmethod
+    def shape_of(cls, config: dict[str, Any]) -> TransformerShape:
+        """The sizes of a transformer of this class, or of its base, by its config."""
+        return TransformerShape(
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            trunk_blocks=config["num_layers"] + config.get("num_single_layers", 0),
+            mlp_ratio=config["mlp_ratio"],
+            token_channels=config["in_channels"],
+            text_channels=config["joint_attention_dim"],
+        )
+
+    @property
+    def shape(self) -> TransformerShape:
+        return self.shape_of(self.config)
+
+    def depth_outputs(self) -> list[nn.Module]:
+        """The modules by which depth writes to the outside: gates of the decoder, and the head."""
+        return [self.depth_decoder_modulation, self.depth_head]
+
     def reset_depth_outputs(self) -> None:
         """Sets to zero what writes to the outside at the start: decoder gates, head, timestep mixers."""
-        embed, modulation, head = self.depth_time_embed, self.depth_decoder_modulation, self.depth_head
+        embed = self.depth_time_embed
         mixers = [embed.alpha_rgb, embed.alpha_depth] if embed.mixing else []
-        for parameter in (*mixers, *modulation.parameters(), *head.parameters()):
+        for parameter in (*mixers, *(p for module in self.depth_outputs() for p in module.parameters())):
             nn.init.zeros_(parameter)
 
 
@@ -159,7 +209,9 @@ def graft_depth(model: ModelMixin, base: ModelMixin, clones: dict[str, str]) -> 
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=base.device, recurse=False)
-            if hasattr(module, "reset_parameters"):  # all but what `reset_depth_outputs` sets
+            if isinstance(module, RMSNorm):  # diffusers' own does not know how it starts
+                nn.init.ones_(module.weight)
+            elif hasattr(module, "reset_parameters"):  # all but what `reset_depth_outputs` sets
                 module.reset_parameters()
     model.reset_depth_outputs()
 
