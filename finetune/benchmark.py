@@ -164,12 +164,12 @@ def post_training(config: PostTrainConfig, device: torch.device, fill: Callable 
     base = None  # the teacher; with a LoRA it is in the model
     if config.distils and config.mode != "lora":
         with torch.device("meta"):
-            base = BACKBONES[config.architecture].transformer_class(**base_config).to(DTYPES[config.base_dtype])
+            base = BACKBONES[config.architecture].base_class(**base_config).to(DTYPES[config.base_dtype])
         fill(base, device)
     fill(model, device)
     teacher = make_teacher(config, model, base, device)
     depth_processor = DepthProcessor(patch_size=token_size, **config.depth_processor)
-    dtype, text_shape = DTYPES[config.base_dtype], (config.max_sequence_length, model.config.joint_attention_dim)
+    dtype, text_shape = DTYPES[config.base_dtype], (config.max_sequence_length, model.shape.text_channels)
     empty_embeds = torch.zeros(1, *text_shape, dtype=dtype, device=device)
 
     def losses_of(trainer, batch, generators):
@@ -188,8 +188,9 @@ def pre_training(config: PretrainConfig, device: torch.device) -> Workload:
         model = TextToImage(config, tokenizer)
     token_size = read_token_size(config.vae, config.transformer)
     if tokenizer is None:
-        dtype, width = DTYPES[config.trainer.mixed_precision], model.transformer.config.joint_attention_dim
-        empty_embeds = torch.zeros(1, config.max_sequence_length, width, dtype=dtype, device=device)
+        dtype = DTYPES[config.trainer.mixed_precision]
+        shape = BACKBONES[config.architecture].transformer_class.shape_of(model.transformer.config)
+        empty_embeds = torch.zeros(1, config.max_sequence_length, shape.text_channels, dtype=dtype, device=device)
 
     def losses_of(trainer, batch, generators):
         return pretrain.micro_batch_losses(config, trainer, batch, generators, empty_embeds, token_size)
@@ -202,10 +203,10 @@ def write_samples(config, work: Workload, folder: Path) -> EncodedSamples:
     side = max(1, round(config.cache.pixels**0.5 / work.token_size))
     generator, count, tensors = torch.Generator().manual_seed(0), config.benchmark.samples, {}
     shape = (1, side * work.token_size, side * work.token_size)
-    text_shape = (config.max_sequence_length, work.transformer_config["joint_attention_dim"])
+    sizes = BACKBONES[config.architecture].transformer_class.shape_of(work.transformer_config)
+    text_shape = (config.max_sequence_length, sizes.text_channels)
     for place in range(count):
-        channels = work.transformer_config["in_channels"]
-        tensors[f"latents.{place}"] = torch.randn(side**2, channels, generator=generator)
+        tensors[f"latents.{place}"] = torch.randn(side**2, sizes.token_channels, generator=generator)
         tensors[f"depth.{place}"] = 1.9 * torch.rand(shape, generator=generator)
         tensors[f"valid.{place}"] = torch.ones(shape, dtype=torch.bool)
         if work.text_dtype is not None:

@@ -237,7 +237,7 @@ def measure(config: InferenceBenchmark) -> list[dict[str, Any]]:
     parameters = sum(p.numel() for p in pipe.transformer.parameters()) / 1e6
     place(pipe, sampling, device)
     side = pipe.config.default_sample_size
-    text = torch.randn(2, 1, config.max_sequence_length, pipe.transformer.config.joint_attention_dim)
+    text = torch.randn(2, 1, config.max_sequence_length, pipe.transformer.shape.text_channels)
     tasks = {
         "image to depth": ({"image": torch.rand(3, side, side), "prompt_embeds": text[0]}, "image_to_depth_steps"),
         "joint": ({"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}, "joint_steps"),

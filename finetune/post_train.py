@@ -2,7 +2,8 @@
 
     accelerate launch finetune/post_train.py --config finetune/configs/NAME.yaml [--dry-run] [key=value ...]
 
-The base is a `Flux2KleinPipeline` folder or Hub repository, or a `ModalityForcingPipeline`, whose training goes on. The
+The base is a `Flux2KleinPipeline` or `ZImagePipeline`, folder or Hub repository, or a `ModalityForcingPipeline`, whose
+training goes on. The
 result is OUTPUT/pipeline, a `ModalityForcingPipeline` folder, and in "lora" mode OUTPUT/pipeline.adapter.safetensors
 besides. `--dry-run` prints parameters, memory, data and the size of the cache, and stops.
 """
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ class PostTrainConfig:
     Args:
         base: pipeline folder or Hub repository. A `ModalityForcingPipeline` keeps its text settings, and where it has
             depth its depth modules and depth processor, whatever is said of them here.
-        architecture: of the base's transformer, "flux2" or "dit", the from-scratch family.
+        architecture: of the base's transformer, "flux2", "z_image" or "dit", the from-scratch family.
         base_config: constructor arguments of the transformer, for a dry run without the base; its tokens are taken to
-            be FLUX.2's, of 16x16 pixels.
+            be of 16x16 pixels, as FLUX.2's and Z-Image's.
         base_settings: settings file of its pre-training, which serves a dry run before that is done.
         base_dtype: "fp32" or "bf16": of the weights that stay frozen, the teacher and the text encoder. Weights in
             training are float32 either way.
@@ -62,6 +63,7 @@ class PostTrainConfig:
             the trunk, and the new depth modules.
         lora_rank: rank (and alpha) of the LoRA.
         num_depth_decoder_layers: blocks of the depth decoder.
+        graft: other arguments of the transformer's `from_base`.
         extra_depth_decoder_layers: blocks added to the depth decoder of a base that has depth already, where its
             architecture can ("flux2"); they start as the identity.
         depth_processor: arguments of the `DepthProcessor` besides the patch size, `infinite_depth` for example.
@@ -78,6 +80,7 @@ class PostTrainConfig:
     mode: str = "full"
     lora_rank: int = 64
     num_depth_decoder_layers: int = 4
+    graft: dict[str, Any] = field(default_factory=dict)
     extra_depth_decoder_layers: int = 0
     depth_processor: dict[str, Any] = field(default_factory=dict)
     text_encoder_out_layers: list[int] = field(default_factory=lambda: [9, 18, 27])
@@ -113,6 +116,8 @@ def check(config: PostTrainConfig) -> None:
     if config.base_dtype == "bf16" and config.trainer.mixed_precision != "bf16":
         raise SystemExit("error: base_dtype=bf16 needs trainer.mixed_precision=bf16, which computes in bfloat16")
     check_names("base_config", config.base_config or {}, arguments_of(backbone.transformer_class))
+    own = {"base", "depth_channels", "num_depth_decoder_layers"}
+    check_names("graft", config.graft, arguments_of(backbone.transformer_class.from_base) - own)
     check_names("depth_processor", config.depth_processor, arguments_of(DepthProcessor) - {"patch_size"})
 
 
@@ -171,6 +176,7 @@ def open_base(config: PostTrainConfig) -> tuple[ModalityForcingPipeline, torch.n
     pipe = ModalityForcingPipeline.from_base(
         base,
         num_depth_decoder_layers=config.num_depth_decoder_layers,
+        graft_config=config.graft,
         depth_processor_config=config.depth_processor,
         text_encoder_out_layers=config.text_encoder_out_layers,
         max_sequence_length=config.max_sequence_length,
@@ -194,8 +200,8 @@ def make_teacher(config: PostTrainConfig, transformer, base: torch.nn.Module, de
                 transformer.enable_adapters()
 
         return without_lora
-    base.requires_grad_(False).eval().to(device)
-    return torch.autocast(device.type, torch.bfloat16)(base.forward) if base.dtype == torch.bfloat16 else base
+    teacher = partial(BACKBONES[config.architecture].call_base, base.requires_grad_(False).eval().to(device))
+    return torch.autocast(device.type, torch.bfloat16)(teacher) if base.dtype == torch.bfloat16 else teacher
 
 
 def micro_batch_losses(config, trainer, batch: EncodedBatch, generators, empty_embeds, depth_processor, teacher):

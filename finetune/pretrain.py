@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -49,9 +49,12 @@ from mf_diffusers.visualization import contact_sheet
 class PretrainConfig:
     """
     Args:
-        architecture: "flux2", with a Qwen3 text encoder, or "dit", the from-scratch family, with a UMT5 encoder.
-        vae: folder of a trained `AutoencoderKLFlux2`; or a pipeline, folder or Hub repository, that has one.
-        transformer: constructor arguments of `Flux2Transformer2DModel` or `ModalityForcingDiTTransformer2DModel`.
+        architecture: "flux2" or "z_image", with a Qwen3 text encoder, or "dit", the from-scratch family, with a UMT5
+            encoder.
+        vae: folder of a trained `AutoencoderKLFlux2`, or for "z_image" an `AutoencoderKL`; or a pipeline, folder or Hub
+            repository, that has one.
+        transformer: constructor arguments of the architecture's transformer in diffusers, or of
+            `ModalityForcingDiTTransformer2DModel`.
         text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along; or null. It has
             no dropout unless `dropout_rate` (UMT5) or `attention_dropout` (Qwen3) asks for it; then a resumed run does
             not end as one left alone.
@@ -98,11 +101,15 @@ def check(config: PretrainConfig) -> None:
     check_names("text_encoder", config.text_encoder or {}, known)
 
 
-def open_vae(vae: str) -> AutoencoderKLFlux2:
+def open_vae(config: PretrainConfig) -> AutoencoderKLFlux2 | AutoencoderKL:
     """See `PretrainConfig.vae`."""
+    vae, cls = config.vae, BACKBONES[config.architecture].autoencoder_class
     subfolder = None if (Path(vae) / "config.json").is_file() else "vae"
     try:
-        return AutoencoderKLFlux2.from_pretrained(vae, subfolder=subfolder).requires_grad_(False).eval()
+        found = cls.load_config(vae, subfolder=subfolder)["_class_name"]
+        if found != cls.__name__:
+            raise SystemExit(f"error: the VAE at {vae} is of class {found}: {config.architecture} needs {cls.__name__}")
+        return cls.from_pretrained(vae, subfolder=subfolder).requires_grad_(False).eval()
     except OSError as error:
         raise SystemExit(f"error: no VAE at {vae}: {error}") from error
 
@@ -150,7 +157,8 @@ class TextToImage(torch.nn.Module):
             layers, length = self.config.text_encoder_out_layers, self.config.max_sequence_length
             encode_text = BACKBONES[self.config.architecture].encode_text
             prompt_embeds = encode_text(self.text_encoder, self.tokenizer, text, layers, length, noisy.device)
-        return self.transformer(
+        return BACKBONES[self.config.architecture].call_base(
+            self.transformer,
             hidden_states=noisy,
             encoder_hidden_states=prompt_embeds,
             timestep=timestep,
@@ -187,7 +195,7 @@ def micro_batch_losses(config: PretrainConfig, trainer, batch: EncodedBatch, gen
 
 
 def make_pipeline(
-    config: PretrainConfig, model: TextToImage, vae: AutoencoderKLFlux2, text_encoder, tokenizer
+    config: PretrainConfig, model: TextToImage, vae: AutoencoderKLFlux2 | AutoencoderKL, text_encoder, tokenizer
 ) -> DiffusionPipeline:
     """The text-to-image pipeline of the model's family, or a `ModalityForcingPipeline` without depth."""
     components = {
@@ -222,7 +230,7 @@ def consolidate(config: PretrainConfig, checkpoint: Path, folder: Path) -> None:
         model = TextToImage(config, None)
         text_encoder, tokenizer = open_text_encoder(config)
     load_result(model, checkpoint)
-    save_whole(make_pipeline(config, model, open_vae(config.vae), text_encoder, tokenizer), folder)
+    save_whole(make_pipeline(config, model, open_vae(config), text_encoder, tokenizer), folder)
 
 
 def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: int):
@@ -239,7 +247,7 @@ def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: 
         num_inference_steps=30,
         guidance_scale=3.0,
         generator=[torch.Generator().manual_seed(i) for i in range(len(captions))],
-        **({} if isinstance(pipe, ModalityForcingPipeline) else text),  # ours knows its text settings
+        **{name: text[name] for name in text.keys() & arguments_of(type(pipe).__call__)},  # the others know them
     ).images
     half = len(images) // 2
     return contact_sheet([images[:half], images[half:]], cell=max(side, 96))
@@ -291,7 +299,7 @@ def main():
     *_, held_out = open_data(config.data, *([config.validation_data] if config.validation_data else []))
     torch.manual_seed(config.trainer.seed)
     device = processes.device
-    vae = open_vae(config.vae).to(device)
+    vae = open_vae(config).to(device)
     text = {"out_layers": config.text_encoder_out_layers, "max_sequence_length": config.max_sequence_length}
     encode = None
     if is_frozen:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline
 
-from mf_diffusers import ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
+from mf_diffusers import ModalityForcingPipeline
 from mf_diffusers.checkpoint_files import CheckpointFiles
 from mf_diffusers.files import save_whole
 from mf_diffusers.hub import repository_folder
 from mf_diffusers.modality_forcing.adapter import read_adapter_metadata
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.conversion import PUBLISHED_SHIFT_MU
 from mf_diffusers.modality_forcing.inputs import check_components
 from mf_diffusers.modality_forcing.loaders import PUBLISHED_FILES
@@ -23,7 +23,7 @@ from mf_diffusers.modality_forcing.pipeline_files import (
     MODELS,
     PIPELINE_FILES,
     Part,
-    read_klein,
+    read_base,
     read_pipeline,
     read_published,
 )
@@ -58,7 +58,7 @@ def load_pipeline(
     """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run.
 
     Args:
-        model: folder or Hub id; with `adapter` also its base, FLUX.2 [klein].
+        model: folder or Hub id; with `adapter` also its base, FLUX.2 [klein] or Z-Image.
         device, dtype: where it runs, and in which type; the autoencoder computes in float32.
         text_encoder: folder or Hub id. None: the model's own, or the one that fits.
         lora: file, folder or Hub id.
@@ -104,9 +104,10 @@ def _open_pipeline(model, dtype, own_text, adapter, hub):
     files = CheckpointFiles(folder)
     absent = {} if own_text else {"text_encoder": None, "tokenizer": None}
     if "model_index.json" in files:
-        if adapter and files.read_json("model_index.json").get("_class_name") == Flux2KleinPipeline.__name__:
-            read_klein(files, besides=absent)
-            base = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **absent)
+        backbone = _backbone_of_base(files.read_json("model_index.json").get("_class_name"))
+        if adapter and backbone is not None:
+            read_base(files, backbone, besides=absent)
+            base = backbone.base_pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **absent)
             return ModalityForcingPipeline.from_base(base, adapter=adapter)
         pipe = ModalityForcingPipeline.from_pretrained(folder, dtype={"vae": torch.float32, "default": dtype}, **absent)
     elif "model.safetensors" in files:
@@ -121,6 +122,12 @@ def _open_pipeline(model, dtype, own_text, adapter, hub):
     if adapter:
         pipe.load_adapter(adapter, merge=True)
     return pipe
+
+
+def _backbone_of_base(class_name):
+    """Of the pipeline class of a text-to-image base; `None` where it is no such class."""
+    bases = (one for one in BACKBONES.values() if one.base_pipeline_class is not None)
+    return next((one for one in bases if one.base_pipeline_class.__name__ == class_name), None)
 
 
 def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", overwrite=False, offline=False):
@@ -142,7 +149,7 @@ def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", ove
     checkpoint = read_checkpoint(src, offline)
     kind, transformer = checkpoint.kind, checkpoint.parts["transformer"]
     to_file = dst.suffix == ".safetensors"
-    if transformer.cls is not ModalityForcingFlux2Transformer2DModel:
+    if not hasattr(transformer.cls, "save_published"):
         raise ValueError(f"{src} is a {transformer.cls.__name__}: the from-scratch family has no published layout.")
     if not to_file and kind != "published layout":
         raise ValueError(f"{src} is a diffusers folder already: give a `dst` that ends in .safetensors.")
@@ -161,12 +168,10 @@ def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", ove
             src, text_encoder=text_encoder, dtype=torch_dtype, local_files_only=offline
         )
     elif kind == "published layout":
-        result = ModalityForcingFlux2Transformer2DModel.from_published(src, dtype=torch_dtype)
+        result = transformer.cls.from_published(src, dtype=torch_dtype)
     else:
         subfolder = "transformer" if kind == "diffusers pipeline" else None
-        result = ModalityForcingFlux2Transformer2DModel.from_pretrained(
-            src, subfolder=subfolder, dtype=torch_dtype, local_files_only=offline
-        )
+        result = transformer.cls.from_pretrained(src, subfolder=subfolder, dtype=torch_dtype, local_files_only=offline)
 
     if to_file:
         dst.parent.mkdir(parents=True, exist_ok=True)

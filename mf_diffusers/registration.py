@@ -74,10 +74,12 @@ def _enter_published_layout(single_file_model: ModuleType) -> None:
 
         return convert_published_transformer(checkpoint)[1]
 
-    single_file_model.SINGLE_FILE_LOADABLE_CLASSES["ModalityForcingFlux2Transformer2DModel"] = {
+    classes = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    classes["ModalityForcingFlux2Transformer2DModel"] = {
         "checkpoint_mapping_fn": convert,
         "default_subfolder": "transformer",
     }
+    classes["ModalityForcingZImageTransformer2DModel"] = classes["ZImageTransformer2DModel"]
 
 
 ENTRIES = {

@@ -5,7 +5,9 @@ import PIL.Image
 import pytest
 import torch
 from tiny import close_depth, make_dit_pipeline, make_pipeline
+from tiny_z_image import make_z_image_pipeline
 
+from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.completion import log_correction
 from mf_diffusers.modality_forcing.depth_processor import DepthProcessor, shrink
 
@@ -42,7 +44,7 @@ ROWS = [  # image, depth, is an image made, is depth made
 ]
 
 
-@pytest.fixture(scope="module", params=[make_pipeline, make_dit_pipeline], ids=["flux2", "dit"])
+@pytest.fixture(scope="module", params=[make_pipeline, make_z_image_pipeline, make_dit_pipeline], ids=list(BACKBONES))
 def pipe(request):
     pipeline = request.param()
     pipeline.set_progress_bar_config(disable=True)

@@ -8,23 +8,13 @@ from conftest import randomize
 from diffusers import MagCacheConfig, TaylorSeerCacheConfig, ZImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
+from tiny_z_image import TINY_Z_IMAGE
 
 from mf_diffusers import ModalityForcingZImageTransformer2DModel
 from mf_diffusers.modality_forcing.latent_tokens import pack_cells, position_ids
 from mf_diffusers.modality_forcing.transformer_z_image import depth_clones
 
 
-TINY_Z_IMAGE = {
-    "in_channels": 4,
-    "dim": 48,
-    "n_layers": 3,
-    "n_refiner_layers": 2,
-    "n_heads": 2,
-    "n_kv_heads": 2,
-    "cap_feat_dim": 16,
-    "axes_dims": [8, 8, 8],
-    "axes_lens": [128, 64, 64],
-}
 TINY_DEPTH = {"depth_channels": 16, "num_depth_decoder_layers": 2}
 SIZES = [(4, 6), (8, 8), (12, 4)]  # latents; none of them makes a multiple of 32 tokens
 LENGTHS = [5, 40, 32]  # tokens of text

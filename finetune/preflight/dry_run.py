@@ -5,10 +5,14 @@ The formulas of the memory, and what they leave out, are in finetune/preflight/m
 
 from collections import Counter
 
+import torch
+
 from finetune.data.cache import CacheConfig
 from finetune.data.source_check import open_sources
 from finetune.preflight.memory import Launch, post_training_memory, pretraining_memory
 from finetune.training.models import live_text_encoder, live_text_encoder_of_base
+from mf_diffusers.modality_forcing.backbones import BACKBONES
+from mf_diffusers.modality_forcing.depth_stream import TransformerShape
 from mf_diffusers.precision import DTYPES
 
 
@@ -43,8 +47,8 @@ def describe_source(name: str, settings: dict, cache: CacheConfig, token_size: i
     ]
 
 
-def report(config, model, needs: dict[str, int], token_size: int, text_bytes: int) -> str:
-    """The whole answer of a dry run but for the verdict, as text."""
+def report(config, model, needs: dict[str, int], token_size: int, shape: TransformerShape, dtype: torch.dtype) -> str:
+    """The whole answer of a dry run but for the verdict, as text; `dtype` is that of cached text features."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     lines = [
@@ -56,8 +60,8 @@ def report(config, model, needs: dict[str, int], token_size: int, text_bytes: in
     for name in ("data", "validation_data"):
         if getattr(config, name, None):
             lines += describe_source(name, getattr(config, name), config.cache, token_size)
-    channels = getattr(model, "transformer", model).config.in_channels
-    size = cache_bytes(config.cache, token_size, channels, text_bytes)
+    text_bytes = config.max_sequence_length * shape.text_channels * dtype.itemsize
+    size = cache_bytes(config.cache, token_size, shape.token_channels, text_bytes)
     found = f"{config.cache.samples} samples, {size / 2**30:.2f} GiB under {config.cache.folder}"
     lines.append(f"cache: {'none, samples are encoded in the loop' if config.cache.folder is None else found}")
     return "\n".join(lines)
@@ -66,14 +70,13 @@ def report(config, model, needs: dict[str, int], token_size: int, text_bytes: in
 def report_post_training(config, model) -> str:
     """Report of a `PostTrainConfig`; what of the `empty_transformer` trains is chosen already."""
     needs = post_training_memory(config, model, live_text_encoder_of_base(config), Launch.current())
-    text_bytes = config.max_sequence_length * model.config.joint_attention_dim * DTYPES[config.base_dtype].itemsize
-    return report(config, model, needs, round(model.config.depth_channels**0.5), text_bytes)
+    token_size = round(model.config.depth_channels**0.5)
+    return report(config, model, needs, token_size, model.shape, DTYPES[config.base_dtype])
 
 
 def report_pretraining(config, model, token_size: int) -> str:
     """Report of a `PretrainConfig` and its model on the meta device."""
     text_encoder = live_text_encoder(config, config.pretrained_text_encoder)
     needs = pretraining_memory(config, model, token_size, text_encoder, Launch.current())
-    width = model.transformer.config.joint_attention_dim
-    text_bytes = config.max_sequence_length * width * DTYPES[config.trainer.mixed_precision].itemsize
-    return report(config, model, needs, token_size, text_bytes)
+    shape = BACKBONES[config.architecture].transformer_class.shape_of(model.transformer.config)
+    return report(config, model, needs, token_size, shape, DTYPES[config.trainer.mixed_precision])

@@ -121,23 +121,18 @@ def memory(
     return needs
 
 
-def repeated_blocks(transformer: torch.nn.Module) -> int:
-    """How many transformer blocks a model has, those of its depth decoder among them."""
-    return sum(type(module).__name__ in transformer._repeated_blocks for module in transformer.modules())
-
-
 def post_training_memory(config, model, text_encoder: int, launch: Launch = ALONE) -> dict[str, int]:
     """`memory` of a `PostTrainConfig` and its grafted transformer, of which is chosen what trains.
 
     Args:
         text_encoder: parameters of a frozen one that stays on the device.
     """
-    c, token_size = model.config, round(model.config.depth_channels**0.5)
-    images, width = config.cache.pixels // token_size**2, model.inner_dim
+    shape = model.shape
+    images = config.cache.pixels // model.config.depth_channels
     tokens = config.max_sequence_length + 2 * images
     stacks = [
-        (repeated_blocks(model) - c.num_depth_decoder_layers, tokens, width, c.mlp_ratio),
-        (c.num_depth_decoder_layers, images, width, c.mlp_ratio),
+        (shape.trunk_blocks, tokens, shape.width, shape.mlp_ratio),
+        (model.config.num_depth_decoder_layers, images, shape.width, shape.mlp_ratio),
     ]
     of_base = (p for name, p in model.named_parameters() if "lora_" not in name and not model.is_depth_parameter(name))
     base = sum(p.numel() for p in of_base)
@@ -149,7 +144,8 @@ def pretraining_memory(config, model, token_size: int, text_encoder: int, launch
     """`memory` of a `PretrainConfig` and its `TextToImage` model; `text_encoder` as `post_training_memory` takes it."""
     transformer, length = model.transformer, config.max_sequence_length
     tokens = length + config.cache.pixels // token_size**2
-    stacks = [(repeated_blocks(transformer), tokens, transformer.inner_dim, transformer.config.mlp_ratio)]
+    shape = BACKBONES[config.architecture].transformer_class.shape_of(transformer.config)
+    stacks = [(shape.trunk_blocks, tokens, shape.width, shape.mlp_ratio)]
     if model.tokenizer is not None:
         text = model.text_encoder.config
         mlp_width = getattr(text, BACKBONES[config.architecture].text_mlp_width)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from omegaconf import OmegaConf
 
-from mf_diffusers import ModalityForcingDiTTransformer2DModel, ModalityForcingFlux2Transformer2DModel
 from mf_diffusers.modality_forcing.backbones import BACKBONES, family_of
 from mf_diffusers.precision import DTYPES
 
@@ -16,6 +16,7 @@ TEXT_ENCODER_PARAMETERS = {  # of those that are known without their files
     "google/umt5-xxl": 5_680_910_336,
     "black-forest-labs/FLUX.2-klein-base-4B": 4_022_468_096,  # Qwen3-4B
     "black-forest-labs/FLUX.2-klein-base-9B": 8_190_735_360,  # Qwen3-8B
+    "Tongyi-MAI/Z-Image": 4_022_468_096,  # Qwen3-4B
 }
 FLUX2_TOKEN_SIZE = 16  # pixels along a token's side: 8 of the VAE's, in cells of 2x2
 FLUX2_CHANNELS = 128  # values of such a token
@@ -112,10 +113,11 @@ def live_text_encoder_of_base(config) -> int:
     return live_text_encoder(config, read_base_settings(config.base_settings).get("pretrained_text_encoder"))
 
 
-def empty_transformer(config) -> ModalityForcingFlux2Transformer2DModel | ModalityForcingDiTTransformer2DModel:
+def empty_transformer(config) -> ModelMixin:
     """The grafted transformer of a `PostTrainConfig` on the meta device, in the dtype of the base."""
     base, token_size = read_base(config)
     depth = {"depth_channels": token_size**2, "num_depth_decoder_layers": config.num_depth_decoder_layers}
+    depth |= config.graft
     with torch.device("meta"):
         has_depth = base.get("depth_channels") is not None  # such a base keeps its own
         model = BACKBONES[config.architecture].transformer_class(**(base if has_depth else base | depth))

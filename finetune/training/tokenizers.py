@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, UMT5EncoderModel
+from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, Qwen3Model, T5TokenizerFast, UMT5EncoderModel
 
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}<|im_end|>"
@@ -48,4 +48,8 @@ def train_unigram(captions: list[str], vocabulary_size: int) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=[*((piece, rare) for piece in [*start, *characters]), *scores], extra_ids=0)
 
 
-TOKENIZERS = {Qwen3ForCausalLM: train_bpe, UMT5EncoderModel: train_unigram}  # by the text encoder that reads them
+TOKENIZERS = {  # by the text encoder that reads them
+    Qwen3ForCausalLM: train_bpe,
+    Qwen3Model: train_bpe,
+    UMT5EncoderModel: train_unigram,
+}

@@ -50,10 +50,11 @@ def info(
     mf-diffusers info klein-depth/ --json
     """
     from mf_diffusers.checkpoints import read_checkpoint
-    from mf_diffusers.modality_forcing.loaders import TEXT_ENCODERS
+    from mf_diffusers.modality_forcing.backbones import BACKBONES, family_of
 
     checkpoint = read_checkpoint(model, offline)
-    config = checkpoint.parts["transformer"].config
+    transformer = checkpoint.parts["transformer"]
+    config, shape = transformer.config, transformer.cls.shape_of(transformer.config)
     parts = {name: part.weights for name, part in checkpoint.parts.items() if part.weights}
     parameters = {part: sum(tensor.numel() for tensor in tensors.values()) for part, tensors in parts.items()}
     named = {test: [t for name, t in parts["transformer"].items() if test in name] for test in ("depth", "depth_head.")}
@@ -62,11 +63,11 @@ def info(
         "model": model,
         "kind": checkpoint.kind,
         "transformer": config,
-        "width": config["num_attention_heads"] * config["attention_head_dim"],
+        "width": shape.width,
         "parameters": parameters,
         "parameters_added_by_depth": added,
         "dtypes": {part: sorted({str(t.dtype)[6:] for t in tensors.values()}) for part, tensors in parts.items()},
-        "fitting_text_encoder": TEXT_ENCODERS.get(config["joint_attention_dim"]),
+        "fitting_text_encoder": BACKBONES[family_of(transformer.cls.__name__)].text_encoders.get(shape.text_channels),
         **checkpoint.facts,
         "bytes_of_bfloat16_weights": 2 * (sum(parameters.values()) + head),  # the depth head stays float32
     }

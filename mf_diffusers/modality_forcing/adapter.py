@@ -1,26 +1,30 @@
-"""What training adds to a FLUX.2 base, as one file: depth modules, perhaps a LoRA on the trunk, and settings."""
+"""What training adds to a base, as one file: depth modules, perhaps a LoRA on the trunk, and settings."""
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from peft.utils import get_peft_model_state_dict
 
+from .backbones import backbone_of
 from .conversion import StateDict, load_safetensors, read_metadata, save_safetensors, shorten
 from .depth_processor import DepthProcessor
 from .lora import ModalityForcingLoraMixin, convert_lora, put_lora
-from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
 # Arguments that a result depends on besides the weights and the pipeline's own; an adapter file carries them all.
 SETTINGS = {
-    "graft": ("num_depth_decoder_layers", "depth_timestep_mixing"),
+    "graft": ("num_depth_decoder_layers", "depth_timestep_mixing", "own_depth_modulation"),
     "depth_processor": ("patch_size", "near", "far", "infinite_depth"),
 }
+# Of these, what belongs to the base that an adapter is on rather than to the one that it was trained on.
+SETTINGS_OF_BASE = ("default_num_inference_steps", "default_guidance_scale")
 
 
 @dataclass
@@ -57,12 +61,20 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
             base: name of the base that was trained: a Hub repository or folder.
         """
         configs = {"graft": self.transformer.config, "depth_processor": self.depth_processor.config}
-        settings = {group: {name: configs[group][name] for name in names} for group, names in SETTINGS.items()}
+        settings = {
+            group: {name: configs[group][name] for name in names if name in configs[group]}
+            for group, names in SETTINGS.items()
+        }
         settings["pipeline"] = pipeline_settings(self)
         save_adapter(self.transformer, path, base, settings)
 
     def load_adapter(
-        self, path: str | Path, adapter_name: str = "modality_forcing", weight: float = 1.0, merge: bool = False
+        self,
+        path: str | Path,
+        adapter_name: str = "modality_forcing",
+        weight: float = 1.0,
+        merge: bool = False,
+        any_base: bool = False,
     ) -> None:
         r"""
         Loads an adapter that training in "lora" mode wrote, in place of one that is loaded: its depth modules replace
@@ -75,6 +87,8 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
             weight: Of the LoRA; the depth modules are as they were trained.
             merge: Fold the LoRA into the weights. That is faster, and cannot be unloaded; without it, the depth modules
                 that were there stay in main memory for `unload_adapter`.
+            any_base: Take an adapter that was trained on another base of the same sizes, as on Z-Image for
+                Z-Image-Turbo, its distilled twin. Steps and guidance of images stay those of this pipeline.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -89,7 +103,7 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
             >>> pipe.unload_adapter()
         """
         adapter = read_adapter(path)
-        check_adapter(adapter, self.transformer, path)
+        check_adapter(adapter, self.transformer, path, any_base)
         unknown = sorted(adapter.settings.get("pipeline", {}).keys() - pipeline_settings(self).keys())
         if unknown:
             raise ValueError(f"{path} has settings that this version does not know: {shorten(unknown)}.")
@@ -103,7 +117,9 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
             "depth": {} if merge else {name: w.cpu().clone() for name, w in depth_weights(self.transformer).items()},
         }
         put_adapter(adapter, self.transformer, adapter_name, weight, merge)
-        self.register_to_config(**adapter.settings.get("pipeline", {}))
+        kept = SETTINGS_OF_BASE if any_base else ()
+        settings = adapter.settings.get("pipeline", {})
+        self.register_to_config(**{name: value for name, value in settings.items() if name not in kept})
         if "depth_processor" in adapter.settings:
             self.register_modules(depth_processor=DepthProcessor(**adapter.settings["depth_processor"]))
         if adapter.lora and in_use:
@@ -151,25 +167,25 @@ def pipeline_settings(pipe: DiffusionPipeline) -> dict[str, Any]:
     return {k: v for k, v in pipe.config.items() if k not in pipe.components and not k.startswith("_")}
 
 
-def base_hash(transformer: ModalityForcingFlux2Transformer2DModel) -> str:
-    """A hash of the base, whatever its dtype: its part of the config, and a weight of each end of the trunk, which tell
-    it from its distilled twin and from what was trained on it."""
+def base_hash(transformer: ModelMixin) -> str:
+    """A hash of the base, whatever its dtype: its part of the config, and the first and last weight that a LoRA adapts,
+    which tell it from its distilled twin and from what was trained on it."""
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_") and "depth" not in k}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
-    for layer in (transformer.transformer_blocks[0].attn.to_q, transformer.single_transformer_blocks[-1].attn.to_out):
+    targets = backbone_of(transformer).lora_targets
+    layers = [module for name, module in transformer.named_modules() if re.fullmatch(targets, name)]
+    for layer in (layers[0], layers[-1]):
         weight = getattr(layer, "base_layer", layer).weight
         digest.update(weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
-def depth_weights(transformer: ModalityForcingFlux2Transformer2DModel) -> StateDict:
+def depth_weights(transformer: ModelMixin) -> StateDict:
     """The weights of the depth modules, by name."""
     return {name: tensor for name, tensor in transformer.state_dict().items() if transformer.is_depth_parameter(name)}
 
 
-def save_adapter(
-    transformer: ModalityForcingFlux2Transformer2DModel, path: str | Path, base: str, settings: dict | None = None
-) -> None:
+def save_adapter(transformer: ModelMixin, path: str | Path, base: str, settings: dict | None = None) -> None:
     """
     Writes the depth modules and the LoRA named "default", if any, to one safetensors file. Its alpha is its rank.
 
@@ -229,9 +245,7 @@ def read_adapter(path: str | Path) -> Adapter:
     return Adapter(**metadata, depth=depth, lora=lora)
 
 
-def load_adapter(
-    transformer: ModalityForcingFlux2Transformer2DModel, path: str | Path, weight: float = 1.0, merge: bool = False
-) -> None:
+def load_adapter(transformer: ModelMixin, path: str | Path, weight: float = 1.0, merge: bool = False) -> None:
     """
     Loads what [`save_adapter`] wrote onto a freshly grafted base.
 
@@ -249,15 +263,15 @@ def load_adapter(
 
 
 def check_adapter(
-    adapter: Adapter, transformer: ModalityForcingFlux2Transformer2DModel, path: str | Path = "The adapter"
+    adapter: Adapter, transformer: ModelMixin, path: str | Path = "The adapter", any_base: bool = False
 ) -> None:
     """Raises ValueError where an adapter is not for this transformer; the message names the bases or the modules."""
-    if not isinstance(transformer, ModalityForcingFlux2Transformer2DModel):
-        raise ValueError(f"{path} is an adapter of FLUX.2, but the transformer is a {type(transformer).__name__}.")
-    if adapter.base_sha256 != base_hash(transformer):
+    if backbone_of(transformer).lora_targets is None:
+        raise ValueError(f"{path} is an adapter, and there are none for a {type(transformer).__name__}.")
+    if not any_base and adapter.base_sha256 != base_hash(transformer):
         raise ValueError(
             f"{path} was trained on {adapter.base}, which is not the base of this transformer: graft onto "
-            f"{adapter.base}."
+            f"{adapter.base}, or say any_base=True for a base of the same sizes, a distilled twin."
         )
     own = depth_weights(transformer)
     other = sorted(
@@ -273,7 +287,7 @@ def check_adapter(
     convert_lora(adapter.lora, transformer, source=path)
 
 
-def copy_weights(weights: StateDict, transformer: ModalityForcingFlux2Transformer2DModel) -> None:
+def copy_weights(weights: StateDict, transformer: ModelMixin) -> None:
     """Into the transformer's, in its dtype."""
     parameters = dict(transformer.named_parameters())
     with torch.no_grad():
@@ -283,7 +297,7 @@ def copy_weights(weights: StateDict, transformer: ModalityForcingFlux2Transforme
 
 def put_adapter(
     adapter: Adapter,
-    transformer: ModalityForcingFlux2Transformer2DModel,
+    transformer: ModelMixin,
     adapter_name: str = "modality_forcing",
     weight: float = 1.0,
     merge: bool = False,

@@ -344,10 +344,10 @@ def check_memory(
     Args:
         size, output_size: (height, width) to work at and to return.
     """
-    config, vae = pipe.transformer.config, pipe.vae
+    vae = pipe.vae
     tokens = batch_size * math.prod(size) // pipe.token_size**2 * (2 if pipe.has_depth else 1)
     # In a block: its input, the norm of it, queries, keys, values, and of the MLP as much again.
-    states = 8 * tokens * config.num_attention_heads * config.attention_head_dim * pipe.transformer.dtype.itemsize
+    states = 8 * tokens * pipe.transformer.shape.width * pipe.transformer.dtype.itemsize
     # A convolution of the VAE at full size: what goes in and what comes out.
     pixels = 0 if vae.use_tiling else math.prod(size) * (1 if vae.use_slicing else batch_size)
     convolved = 2 * pixels * vae.config.block_out_channels[0] * vae.dtype.itemsize

@@ -1,11 +1,11 @@
-"""Ways to a pipeline besides `from_pretrained`: the published checkpoint, and a graft onto FLUX.2 [klein]."""
+"""Ways to a pipeline besides `from_pretrained`: the published checkpoint, and a graft onto a text-to-image base."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM
 from typing_extensions import Self
 
@@ -34,8 +34,6 @@ from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 
 PUBLISHED_FILES = ["model.safetensors", "ae_encoder.safetensors", "ae_decoder.safetensors"]
-# Text encoder of FLUX.2 [klein] by the width of its features (three hidden layers side by side).
-TEXT_ENCODERS = {7680: "Qwen/Qwen3-4B", 12288: "Qwen/Qwen3-8B"}
 
 
 class ModalityForcingLoaderMixin:
@@ -130,7 +128,7 @@ class ModalityForcingLoaderMixin:
 
     def load_text_encoder(self, text_encoder: str | Path = "auto", dtype: torch.dtype = torch.bfloat16, **hub) -> None:
         r"""
-        Gives the pipeline a Qwen3 text encoder, and the tokenizer that lies with it unless it has one.
+        Gives the pipeline a text encoder, and the tokenizer that lies with it unless it has one.
 
         Args:
             text_encoder: Folder or Hub repository; "auto": the one that fits the width of the transformer's text
@@ -150,26 +148,29 @@ class ModalityForcingLoaderMixin:
             >>> len(pipe("a red ball", num_inference_steps=2).images)
             1
         """
-        width = self.transformer.config.joint_attention_dim
-        name = TEXT_ENCODERS.get(width) if text_encoder == "auto" else text_encoder
+        backbone, width = backbone_of(self.transformer), self.transformer.shape.text_channels
+        name = backbone.text_encoders.get(width) if text_encoder == "auto" else text_encoder
         if name is None:
             raise ValueError(f"No known text encoder makes features of width {width}: give `text_encoder`.")
         folder = repository_folder(name, TEXT_FILES, **hub)
-        part = Part(Qwen3ForCausalLM, *read_model(CheckpointFiles(folder), "", Qwen3ForCausalLM))
+        cls = backbone.text_encoder_class
+        part = Part(cls, *read_model(CheckpointFiles(folder), "", cls))
         check_text_encoder(part, self.config.text_encoder_out_layers, width, name)
         self.register_modules(
             tokenizer=self.tokenizer or open_tokenizer(AutoTokenizer, folder, part),
-            text_encoder=Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True),
+            text_encoder=cls.from_pretrained(folder, dtype=dtype, use_safetensors=True),
         )
 
     @classmethod
     def from_base(
         cls,
-        base: "Flux2KleinPipeline | ModalityForcingPipeline",  # noqa: F821
+        base: DiffusionPipeline,
         num_depth_decoder_layers: int = 4,
         shift_mu: float = PUBLISHED_SHIFT_MU,
+        graft_config: dict[str, Any] | None = None,
         depth_processor_config: dict[str, Any] | None = None,
         adapter: str | Path | None = None,
+        any_base: bool = False,
         **pipeline_config,
     ) -> Self:
         r"""
@@ -177,13 +178,16 @@ class ModalityForcingLoaderMixin:
         with `adapter`, the result of one.
 
         Args:
-            base (`Flux2KleinPipeline` or [`ModalityForcingPipeline`]): FLUX.2 [klein], or a base of the from-scratch
-                family. Its VAE, text encoder and tokenizer are shared, its transformer is copied.
+            base (`Flux2KleinPipeline`, `ZImagePipeline` or [`ModalityForcingPipeline`]): FLUX.2 [klein], Z-Image, or a
+                base of the from-scratch family. Its VAE, text encoder and tokenizer are shared, its transformer is
+                copied.
             num_depth_decoder_layers (`int`): Blocks of the depth decoder.
-            shift_mu (`float`): Time shift of both schedules.
+            shift_mu (`float`): Time shift of both schedules, the depth's alone where Z-Image has its own for images.
+            graft_config (`dict`, *optional*): Other arguments of the transformer's `from_base`.
             depth_processor_config (`dict`, *optional*): Arguments of the [`DepthProcessor`] besides the patch size.
             adapter (*optional*): File that training in "lora" mode wrote on this base. Its settings precede those given
                 here, and its LoRA is merged; to keep it apart, graft first and call `load_adapter`.
+            any_base (`bool`): Take an adapter of another base of the same sizes, see `load_adapter`.
             pipeline_config: `text_encoder_out_layers`, `max_sequence_length`, `default_sample_size`, ... Default: those
                 of a base of the from-scratch family.
 
@@ -205,16 +209,18 @@ class ModalityForcingLoaderMixin:
             (True, 4)
         """
         patch_size = 2 * base.vae_scale_factor
-        graft = {"num_depth_decoder_layers": num_depth_decoder_layers}
+        graft = {"num_depth_decoder_layers": num_depth_decoder_layers} | (graft_config or {})
         if adapter is not None:
             graft |= read_adapter_metadata(adapter)["settings"].get("graft", {})
-        if isinstance(base, cls):
-            pipeline_config = pipeline_settings(base) | pipeline_config
-        transformer_class = backbone_of(base.transformer).transformer_class
-        transformer = transformer_class.from_base(base.transformer, depth_channels=patch_size**2, **graft)
+        backbone = backbone_of(base.transformer)
+        pipeline_config = (
+            pipeline_settings(base) if isinstance(base, cls) else backbone.pipeline_settings
+        ) | pipeline_config
+        transformer = backbone.transformer_class.from_base(base.transformer, depth_channels=patch_size**2, **graft)
+        own_shift = base.scheduler.config.shift if backbone.keeps_shift else math.exp(shift_mu)
         pipe = cls(
             transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(shift_mu)),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=own_shift),
             depth_scheduler=FlowMatchEulerDiscreteScheduler(shift=math.exp(shift_mu)),
             vae=base.vae,
             text_encoder=base.text_encoder,
@@ -223,5 +229,5 @@ class ModalityForcingLoaderMixin:
             **pipeline_config,
         )
         if adapter is not None:
-            pipe.load_adapter(adapter, merge=True)
+            pipe.load_adapter(adapter, merge=True, any_base=any_base)
         return pipe

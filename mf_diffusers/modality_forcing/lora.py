@@ -13,15 +13,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..hub import list_repository, repository_file
-from .conversion import (
-    SWAPPED_HALVES,
-    StateDict,
-    load_safetensors,
-    published_names,
-    read_metadata,
-    shorten,
-    swap_halves,
-)
+from .backbones import Backbone, backbone_of
+from .conversion import StateDict, load_safetensors, read_metadata, shorten, swap_halves
 
 
 # What programs put before the name of a layer; several may stand one after another.
@@ -36,7 +29,6 @@ KEY = re.compile(
     r"|(?P<alpha>alpha))"
 )
 FUSED_LAYERS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
-SWAPPED_LAYERS = {key.removesuffix(".weight") for key in SWAPPED_HALVES}
 
 
 class ModalityForcingLoraMixin(Flux2LoraLoaderMixin):
@@ -52,10 +44,10 @@ class ModalityForcingLoraMixin(Flux2LoraLoaderMixin):
         **hub,
     ) -> None:
         r"""
-        Loads a LoRA of FLUX.2 [klein] into the transformer.
+        Loads a LoRA of the transformer's base, FLUX.2 [klein] or Z-Image, into the transformer.
 
         It is understood in diffusers' names, with `transformer.` or another prefix in front or none, in PEFT's, and in
-        Black Forest Labs' names, as ComfyUI, ai-toolkit and kohya's scripts write them. The scale that its file gives
+        the base's original names, as ComfyUI, ai-toolkit and kohya's scripts write them. The scale that its file gives
         it (alpha / rank) is kept. From here on it is the only LoRA in use, as everywhere in diffusers: `set_adapters`
         brings others back and weighs them, `fuse_lora` merges, `unload_lora_weights` removes.
 
@@ -183,16 +175,16 @@ def convert_lora(
     Raises:
         ValueError: see `load_lora_weights`; the message names the keys.
     """
-    layers = linear_layers(transformer)
+    layers, backbone = linear_layers(transformer), backbone_of(transformer)
     if any(".lokr_" in key for key in weights):
-        lora = _convert_lokr(weights, layers, source)
+        lora = _convert_lokr(weights, layers, backbone, source)
     else:
         lora = {}
-        for layer, places, parts in _sort_keys(weights, spellings(layers), source):
+        for layer, places, parts in _sort_keys(weights, spellings(layers, backbone), source):
             down, up = parts["down"], parts["up"]
             width_in, width_out = layers[places[0]]
             _check_factors(source, layer, width_in, width_out * len(places), down, up)
-            up = swap_halves(up) if layer in SWAPPED_LAYERS else up
+            up = swap_halves(up) if f"{layer}.weight" in backbone.swapped_halves else up
             for place, part in zip(places, up.chunk(len(places))):
                 if f"{place}.lora_A.weight" in lora:
                     raise ValueError(f"{source} has two LoRAs of {place}, one of them as {layer}: give a file of one.")
@@ -229,17 +221,17 @@ def linear_layers(transformer: ModelMixin) -> dict[str, tuple[int, int]]:
     return {name: widths for name, widths in layers.items() if name not in unused}
 
 
-def spellings(layers: Iterable[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+def spellings(layers: Iterable[str], backbone: Backbone) -> dict[str, tuple[str, tuple[str, ...]]]:
     """
-    Every name that programs have for a layer, without their prefixes: diffusers' and the published one, which is Black
-    Forest Labs', each with dots or underscores.
+    Every name that programs have for a layer, without their prefixes: diffusers' and the base's original one, each with
+    dots or underscores.
 
     Returns:
         The name with dots, and the layers of diffusers that it means: three where queries, keys and values are one.
     """
     names = {layer: (layer,) for layer in layers}
-    for published, parts in published_names(f"{layer}.weight" for layer in layers).items():
-        names[published.removesuffix(".weight")] = tuple(part.removesuffix(".weight") for part in parts)
+    for original, parts in backbone.original_names(f"{layer}.weight" for layer in layers).items():
+        names[original.removesuffix(".weight")] = tuple(part.removesuffix(".weight") for part in parts)
     spelled = {name: (name, places) for name, places in names.items()}
     return spelled | {name.replace(".", "_"): (name, places) for name, places in names.items()}
 
@@ -281,13 +273,13 @@ def _check_factors(source, layer, width_in, width_out, down, up):
         raise ValueError(f"{source}: the factors of {layer} are {down.dtype} and {up.dtype}, no fractions.")
 
 
-def _convert_lokr(weights, layers, source):
+def _convert_lokr(weights, layers, backbone, source):
     """By diffusers' converters. Its loader fuses queries, keys and values where a LoKr has them in one."""
     weights = {key.removeprefix("transformer.").removeprefix("diffusion_model."): w for key, w in weights.items()}
     if any(key.startswith(("double_blocks.", "single_blocks.")) for key in weights):
         weights = {f"diffusion_model.{key}": tensor for key, tensor in weights.items()}
     try:
-        lokr = Flux2LoraLoaderMixin.lora_state_dict(weights)
+        lokr = backbone.lora_loader.lora_state_dict(weights)
     except ValueError as error:
         raise ValueError(f"{source} is not loaded: {error}") from error
     lokr = {key.removeprefix("transformer."): tensor for key, tensor in lokr.items()}

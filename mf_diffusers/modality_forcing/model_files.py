@@ -61,6 +61,8 @@ def read_model(files: CheckpointFiles, part: str, cls: type) -> tuple[dict[str, 
     else:
         config = arguments = read_arguments(raw, cls, where)
     model = build_empty(cls, arguments, weights, where, quantized="quantization_config" in raw)
+    if isinstance(model, PreTrainedModel) and model.base_model is model:  # its file may have been a head's
+        weights = {name.removeprefix(f"{cls.base_model_prefix}."): tensor for name, tensor in weights.items()}
     if "quantization_config" not in raw:
         check_weights(model, weights, files.path(part) if part else files.name)
     return config, weights

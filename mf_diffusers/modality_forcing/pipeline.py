@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5TokenizerFast, UMT5EncoderModel
+from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, Qwen3Model, T5TokenizerFast, UMT5EncoderModel
 
 from .adapter import ModalityForcingAdapterMixin
 from .backbones import backbone_of
@@ -38,6 +38,7 @@ from .stream import Stream
 from .task import Task
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
+from .transformer_z_image import ModalityForcingZImageTransformer2DModel
 
 
 logger = logging.get_logger(__name__)
@@ -49,17 +50,17 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
     the from-scratch family, whose transformer has no depth, it makes images alone.
 
     Args:
-        transformer ([`ModalityForcingFlux2Transformer2DModel`] or [`ModalityForcingDiTTransformer2DModel`]):
-            Denoiser of both modalities.
+        transformer ([`ModalityForcingFlux2Transformer2DModel`], [`ModalityForcingZImageTransformer2DModel`] or
+            [`ModalityForcingDiTTransformer2DModel`]): Denoiser of both modalities.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]):
             Walks the RGB noise levels. With `stochastic_sampling`, which helps a model that has trained little, every
             step adds noise anew, drawn from `generator`.
         depth_scheduler ([`FlowMatchEulerDiscreteScheduler`]):
             Walks the depth noise levels where depth alone is made. Where both are made, depth follows the RGB levels
             along the trajectory that `log2_alpha` names. Absent where the transformer has no depth.
-        vae ([`AutoencoderKLFlux2`]): Images to latents and back.
-        text_encoder ([`Qwen3ForCausalLM`] or [`UMT5EncoderModel`]): Its hidden states are the text features. May be
-            absent when the caller passes `prompt_embeds` (and `negative_prompt_embeds`).
+        vae ([`AutoencoderKLFlux2`], or [`AutoencoderKL`] with Z-Image): Images to latents and back.
+        text_encoder ([`Qwen3ForCausalLM`], [`Qwen3Model`] or [`UMT5EncoderModel`]): Its hidden states are the text
+            features. May be absent when the caller passes `prompt_embeds` (and `negative_prompt_embeds`).
         tokenizer (`Qwen2TokenizerFast` or `T5TokenizerFast`): The text encoder's; Qwen's with a chat template.
         depth_processor ([`DepthProcessor`]): Depth maps to tokens and back. Absent where the transformer has no depth.
         text_encoder_out_layers (`list[int]`, defaults to `[9, 18, 27]`): Hidden layers of Qwen3 to put side by side;
@@ -89,11 +90,13 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
 
     def __init__(
         self,
-        transformer: ModalityForcingFlux2Transformer2DModel | ModalityForcingDiTTransformer2DModel,
+        transformer: ModalityForcingFlux2Transformer2DModel
+        | ModalityForcingZImageTransformer2DModel
+        | ModalityForcingDiTTransformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         depth_scheduler: FlowMatchEulerDiscreteScheduler | None,
-        vae: AutoencoderKLFlux2,
-        text_encoder: Qwen3ForCausalLM | UMT5EncoderModel | None,
+        vae: AutoencoderKLFlux2 | AutoencoderKL,
+        text_encoder: Qwen3ForCausalLM | Qwen3Model | UMT5EncoderModel | None,
         tokenizer: Qwen2TokenizerFast | T5TokenizerFast | None,
         depth_processor: DepthProcessor | None,
         text_encoder_out_layers: list[int] = (9, 18, 27),
@@ -207,7 +210,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         self, batch_size: int, height: int, width: int, device, generator, latents: torch.Tensor | None = None
     ) -> torch.Tensor:
         """RGB noise of shape (B, C, height / 16, width / 16), drawn or given, as tokens (B, N, C) in float32."""
-        channels = self.transformer.config.in_channels
+        channels = self.transformer.shape.token_channels
         shape = (batch_size, channels, height // self.token_size, width // self.token_size)
         latents = _given_or_drawn("latents", latents, shape, generator, device)
         return latents.flatten(2).transpose(1, 2)
@@ -747,7 +750,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         check_inputs(
             has_depth=self.has_depth,
-            text_channels=self.transformer.config.joint_attention_dim,
+            text_channels=self.transformer.shape.text_channels,
             callback_tensors=self._callback_tensor_inputs,
             prompt=prompt,
             prompt_embeds=prompt_embeds,

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
-from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM, T5EncoderModel
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
+from transformers import PreTrainedTokenizerBase, Qwen3Config, T5EncoderModel
 
 from ..checkpoint_files import CheckpointFiles, EmptyWeights
-from .backbones import BACKBONES
+from .backbones import BACKBONES, Backbone
 from .conversion import convert_published_autoencoder, convert_published_transformer
 from .depth_processor import DepthProcessor
 from .model_files import build_empty, check_weights, read_arguments, read_model, short
@@ -20,10 +20,9 @@ from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 
 MODELS = {  # parts with weights: the classes that each can be of
     "transformer": tuple(backbone.transformer_class for backbone in BACKBONES.values()),
-    "vae": (AutoencoderKLFlux2,),
+    "vae": tuple(dict.fromkeys(backbone.autoencoder_class for backbone in BACKBONES.values())),
     "text_encoder": (*(backbone.text_encoder_class for backbone in BACKBONES.values()), T5EncoderModel),
 }
-KLEIN_MODELS = {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2, "text_encoder": Qwen3ForCausalLM}
 SETTINGS = {  # parts with a config alone, and its file
     "scheduler": (FlowMatchEulerDiscreteScheduler, "scheduler_config.json"),
     "depth_scheduler": (FlowMatchEulerDiscreteScheduler, "scheduler_config.json"),
@@ -122,9 +121,14 @@ def read_published(files: CheckpointFiles) -> dict[str, Part]:
     return parts
 
 
-def read_klein(files: CheckpointFiles, besides: Collection[str] = ()) -> None:
-    """Raises, as `read_pipeline`, where the models in a folder of FLUX.2 [klein] are damaged."""
-    for name, cls in KLEIN_MODELS.items():
+def read_base(files: CheckpointFiles, backbone: Backbone, besides: Collection[str] = ()) -> None:
+    """Raises, as `read_pipeline`, where the models in a folder of a text-to-image base, FLUX.2 [klein], are damaged."""
+    models = {
+        "transformer": backbone.base_class,
+        "vae": backbone.autoencoder_class,
+        "text_encoder": backbone.text_encoder_class,
+    }
+    for name, cls in models.items():
         if name not in besides:
             read_model(files, name, cls)
 
@@ -189,7 +193,7 @@ def _check_fit(parts, files):
         check_text_encoder(
             parts["text_encoder"],
             parts[""].config["text_encoder_out_layers"],
-            transformer["joint_attention_dim"],
+            parts["transformer"].cls.shape_of(transformer).text_channels,
             files.path("text_encoder"),
         )
         if "tokenizer" not in parts:
@@ -208,7 +212,7 @@ def check_text_encoder(text_encoder: Part, out_layers: list[int], width: int, wh
     """
     config = text_encoder.cls.config_class.from_dict(text_encoder.config)
     features = config.hidden_size
-    if text_encoder.cls is Qwen3ForCausalLM:
+    if isinstance(config, Qwen3Config):
         outside = [layer for layer in out_layers if not 0 <= layer <= config.num_hidden_layers]
         if outside or not out_layers:
             raise ValueError(

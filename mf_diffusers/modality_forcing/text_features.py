@@ -1,8 +1,15 @@
-"""Prompts to text features: those of FLUX.2 [klein] by Qwen3, those of the from-scratch family by a T5 encoder."""
+"""Prompts to text features: those of FLUX.2 [klein] and Z-Image by Qwen3, the from-scratch family's by a T5 encoder."""
 
 import torch
 from diffusers.utils import logging
-from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, T5EncoderModel, T5TokenizerFast, UMT5EncoderModel
+from transformers import (
+    Qwen2TokenizerFast,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5EncoderModel,
+    T5TokenizerFast,
+    UMT5EncoderModel,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -29,21 +36,25 @@ def encode_qwen3(
     Returns:
         (B, L, len(out_layers) times the hidden size), in the text encoder's dtype.
     """
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for prompt in prompts
-    ]
-    tokens = _tokens(tokenizer, texts, max_sequence_length).to(device or text_encoder.device)
-    hidden_states = text_encoder(
-        input_ids=tokens.input_ids,
-        attention_mask=tokens.attention_mask,
-        output_hidden_states=True,
-        use_cache=False,
-        logits_to_keep=1,  # the logits are not used
-    ).hidden_states
-    return torch.cat([hidden_states[layer] for layer in out_layers], dim=-1)
+    tokens = _chat_tokens(tokenizer, prompts, max_sequence_length, enable_thinking=False)
+    return _qwen3_features(text_encoder, tokens.to(device or text_encoder.device), out_layers)
+
+
+def encode_qwen3_without_padding(
+    text_encoder: Qwen3Model,
+    tokenizer: Qwen2TokenizerFast,
+    prompts: list[str],
+    out_layers: list[int],
+    max_sequence_length: int,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    As [`encode_qwen3`] for Z-Image, which was trained on the turn of a model that may think, and without padding: the
+    features of padding are 0, by which the transformer knows it.
+    """
+    tokens = _chat_tokens(tokenizer, prompts, max_sequence_length, enable_thinking=True)
+    features = _qwen3_features(text_encoder, tokens.to(device or text_encoder.device), out_layers)
+    return features * tokens.attention_mask[..., None].to(features)
 
 
 def encode_t5(
@@ -68,6 +79,31 @@ def encode_t5(
     tokens = _tokens(tokenizer, prompts, max_sequence_length).to(device or text_encoder.device)
     features = text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return features * tokens.attention_mask[..., None].to(features.dtype)
+
+
+def _chat_tokens(tokenizer, prompts, max_sequence_length, enable_thinking):
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )
+        for prompt in prompts
+    ]
+    return _tokens(tokenizer, texts, max_sequence_length)
+
+
+def _qwen3_features(text_encoder, tokens, out_layers):
+    has_logits = isinstance(text_encoder, Qwen3ForCausalLM)
+    hidden_states = text_encoder(
+        input_ids=tokens.input_ids,
+        attention_mask=tokens.attention_mask,
+        output_hidden_states=True,
+        use_cache=False,
+        **({"logits_to_keep": 1} if has_logits else {}),  # they are not used
+    ).hidden_states
+    return torch.cat([hidden_states[layer] for layer in out_layers], dim=-1)
 
 
 def _tokens(tokenizer, texts: list[str], max_sequence_length: int):

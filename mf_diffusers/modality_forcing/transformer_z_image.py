@@ -1,6 +1,8 @@
 """Z-Image with depth tokens: the graft of Modality Forcing onto a single-stream transformer."""
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from diffusers.models.transformers.transformer_z_image import (
 from diffusers.utils import apply_lora_scale
 from torch.nn.utils.rnn import pad_sequence
 
+from .conversion import save_safetensors
 from .depth_stream import (
     DepthHead,
     DepthStreamMixin,
@@ -340,7 +343,8 @@ class ModalityForcingZImageTransformer2DModel(
     def shape_of(cls, config: dict[str, Any]) -> TransformerShape:
         return TransformerShape(
             width=config["dim"],
-            trunk_blocks=config["n_layers"],
+            # The refiners of three sequences cost about what as many blocks over all of them would.
+            trunk_blocks=config["n_layers"] + config["n_refiner_layers"],
             mlp_ratio=8 / 3,
             token_channels=4 * config["in_channels"],
             text_channels=config["cap_feat_dim"],
@@ -387,6 +391,57 @@ class ModalityForcingZImageTransformer2DModel(
             )
         graft_depth(model, base, depth_clones(model.state_dict()))
         return model
+
+    def save_published(self, path: str | Path, prefix: str = "") -> None:
+        """Writes the weights to one safetensors file in the layout that Z-Image was published in, depth beside it."""
+        weights = self.state_dict()
+        names = original_names(weights)
+        save_safetensors({prefix + name: torch.cat([weights[part] for part in names[name]]) for name in names}, path)
+
+
+def original_names(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The name of each weight in the layout that Z-Image was published in, which single files have; of the weights that
+    it stacks along its rows, queries, keys and values, all are named."""
+    renames = {
+        f"all_x_embedder.{PATCH}.": "x_embedder.",
+        f"all_final_layer.{PATCH}.": "final_layer.",
+        ".attention.to_out.0.": ".attention.out.",
+        ".attention.norm_q.": ".attention.q_norm.",
+        ".attention.norm_k.": ".attention.k_norm.",
+    }
+    found = {}
+    for name in names:
+        stacked = re.fullmatch(r"(.+\.attention)\.to_[qkv]\.(.+)", name)
+        if stacked:
+            block, kind = stacked.groups()
+            found[f"{block}.qkv.{kind}"] = tuple(f"{block}.to_{part}.{kind}" for part in "qkv")
+            continue
+        original = name
+        for ours, theirs in renames.items():
+            original = original.replace(ours, theirs)
+        found[original] = (name,)
+    return found
+
+
+def call_z_image(
+    base: ZImageTransformer2DModel,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    img_ids: torch.Tensor,
+    txt_ids: torch.Tensor | None = None,
+    return_dict: bool = False,
+) -> tuple[torch.Tensor]:
+    """The RGB velocity (B, N, 4 * in_channels) of Z-Image itself, called as `forward` of the graft above is; for a
+    teacher of the graft, and where the base trains."""
+    rows, columns = (int(ids.max()) + 1 for ids in img_ids.flatten(0, -2).T[1:3])
+    latents = hidden_states.unflatten(1, (1, rows, columns)).unflatten(-1, (-1, 2, 2))
+    latents = latents.permute(0, 4, 1, 2, 5, 3, 6).flatten(3, 4).flatten(4, 5)
+    lengths = _text_lengths(encoder_hidden_states)
+    texts = [features[:length] for features, length in zip(encoder_hidden_states, lengths)]
+    velocity = torch.stack(base(list(latents), 1 - timestep.float(), texts, return_dict=False)[0])
+    cells = velocity.unflatten(4, (columns, 2)).unflatten(3, (rows, 2)).permute(0, 2, 3, 5, 1, 4, 6)
+    return (-cells.flatten(1, 3).flatten(2),)
 
 
 def depth_clones(names: Iterable[str]) -> dict[str, str]:
