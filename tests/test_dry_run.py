@@ -100,10 +100,17 @@ class Live:
         return tensor
 
 
-@pytest.mark.parametrize(("name", "base_billions", "billions"), [("klein_4b", 3.9, 5.1), ("klein_9b", 9.1, 12.0)])
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_klein_settings(name, base_billions, billions, mode, monkeypatch, capsys):
-    path = CONFIGS / f"{name}_{mode}.yaml"
+@pytest.mark.parametrize(
+    ("name", "base_billions", "billions"),
+    [
+        *((f"klein_4b_{mode}", 3.9, 5.1) for mode in ("lora", "full")),
+        *((f"klein_9b_{mode}", 9.1, 12.0) for mode in ("lora", "full")),
+        *((f"z_image_{mode}", 6.15, 7.25) for mode in ("lora", "full")),
+        ("z_image_lora_24gb", 6.15, 6.7),
+    ],
+)
+def test_settings_of_pretrained_bases(name, base_billions, billions, monkeypatch, capsys):
+    path = CONFIGS / f"{name}.yaml"
     monkeypatch.setattr(sys, "argv", ["post_train.py", "--dry-run", "--config", str(path)])
     post_train.main()
     printed = capsys.readouterr().out

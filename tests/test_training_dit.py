@@ -194,7 +194,7 @@ def test_all_weights_train_on_from_float32(base, tmp_path, monkeypatch):
         (["mode=full"], "architecture=dit trains with mode=all"),
         (["mode=lora"], "architecture=dit trains with mode=all"),
         (["architecture=flux2"], "is of architecture dit"),
-        (["architecture=flux3"], "none of flux2, dit"),
+        (["architecture=flux3"], "none of flux2, z_image, dit"),
         (["depth_processor.fra=30"], "depth_processor.fra is no setting"),
         (["depth_processor.patch_size=8"], "depth_processor.patch_size is no setting"),
         (["base_config.num_layer=3"], "base_config.num_layer is no setting"),
@@ -209,7 +209,7 @@ def test_wrong_settings_of_post_training(base, tmp_path, monkeypatch, arguments,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["architecture=unet"], "none of flux2, dit"),
+        (["architecture=unet"], "none of flux2, z_image, dit"),
         (["pretrained_text_encoder=google/umt5-xxl"], "give one"),
         (["cache.text=true"], "cache.text must be true where the text encoder is frozen"),
         (["vae=nowhere/at/all"], "no VAE at nowhere/at/all"),
