@@ -156,12 +156,12 @@ PIPELINE = {
         "vae must be of class A",
     ),
     "index: another vae": (
-        settings(INDEX, vae=["diffusers", "AutoencoderKL"]),
+        settings(INDEX, vae=["diffusers", "AutoencoderTiny"]),
         "vae must be of class A",
     ),
     "index: another text encoder": (
         settings(INDEX, text_encoder=["transformers", "GPT2LMHeadModel"]),
-        "text_encoder must be of class Qwen3ForCausalLM or UMT5EncoderModel",
+        "text_encoder must be of class Qwen3ForCausalLM or Qwen3Model or UMT5EncoderModel",
     ),
     "index: another tokenizer": (settings(INDEX, tokenizer=["transformers", "GPT2Config"]), "must be a tokenizer"),
     "index: no tokenizer": (without(INDEX, "tokenizer"), "names a text_encoder, but no tokenizer"),

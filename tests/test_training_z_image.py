@@ -5,9 +5,8 @@ import pytest
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import load_file
-from test_training import SCENES, run, settings, weights
-from test_transformer_z_image import make_inputs
-from tiny_z_image import TINY_Z_IMAGE, graft, make_z_image
+from tiny_z_image import TINY_Z_IMAGE, graft, make_inputs, make_z_image
+from training_runs import SCENES, run, settings, weights
 
 from finetune import post_train, pretrain
 from finetune.post_train import PostTrainConfig, make_teacher

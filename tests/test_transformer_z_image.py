@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import randomize
 from diffusers import MagCacheConfig, TaylorSeerCacheConfig, ZImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
-from tiny_z_image import TINY_Z_IMAGE
+from tiny import randomize
+from tiny_z_image import TINY_Z_IMAGE, make_inputs, run
 
 from mf_diffusers import ModalityForcingZImageTransformer2DModel
 from mf_diffusers.modality_forcing.latent_tokens import pack_cells, position_ids
@@ -18,22 +18,6 @@ from mf_diffusers.modality_forcing.transformer_z_image import depth_clones
 TINY_DEPTH = {"depth_channels": 16, "num_depth_decoder_layers": 2}
 SIZES = [(4, 6), (8, 8), (12, 4)]  # latents; none of them makes a multiple of 32 tokens
 LENGTHS = [5, 40, 32]  # tokens of text
-
-
-def make_inputs(depth: bool = True, batch_size: int = 2) -> dict:
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(batch_size, 6, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch_size, 5, 16, generator=generator),
-        "timestep": torch.rand(batch_size, generator=generator),
-        "img_ids": position_ids(rows=2, columns=3),
-        "txt_ids": position_ids(length=5),
-    }
-    if depth:
-        inputs["depth_hidden_states"] = torch.randn(batch_size, 6, 16, generator=generator)
-        inputs["depth_timestep"] = torch.rand(batch_size, generator=generator)
-        inputs["depth_ids"] = position_ids(time=1, rows=2, columns=3)
-    return inputs
 
 
 def make_mixed_inputs(depth: bool = True) -> tuple[dict, tuple]:
@@ -60,12 +44,6 @@ def make_mixed_inputs(depth: bool = True) -> tuple[dict, tuple]:
 
 def cast(inputs: dict, dtype: torch.dtype) -> dict:
     return {name: x.to(dtype) if x.is_floating_point() and "timestep" not in name else x for name, x in inputs.items()}
-
-
-def run(model, inputs) -> tuple:
-    with torch.no_grad():
-        output = model(**inputs)
-    return output.sample, output.depth_sample
 
 
 def close(a, b, **tolerance) -> bool:

@@ -1,7 +1,9 @@
 """Z-Image with depth: pipeline, text, latents, LoRAs and adapters."""
 
 import copy
+import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +14,8 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_transformer_z_image import run
-from tiny_z_image import graft, make_z_image, make_z_image_pipeline
+from tiny import make_pipeline
+from tiny_z_image import graft, make_z_image, make_z_image_pipeline, run
 from transformers import Qwen3ForCausalLM
 
 from mf_diffusers import ModalityForcingPipeline, ModalityForcingZImageTransformer2DModel
@@ -187,6 +189,18 @@ def test_checkpoint_facts(pipe, tmp_path):
     checkpoint = read_checkpoint(tmp_path, offline=True)
     assert checkpoint.parts["transformer"].cls is ModalityForcingZImageTransformer2DModel
     assert checkpoint.facts["scheduler_shift"] == 6.0
+
+
+def test_the_vae_of_another_family_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "z_image")
+    make_pipeline().save_pretrained(tmp_path / "flux2")
+    index = json.loads((tmp_path / "z_image" / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderKLFlux2"]
+    (tmp_path / "z_image" / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(tmp_path / "z_image" / "vae")
+    (tmp_path / "flux2" / "vae").rename(tmp_path / "z_image" / "vae")
+    with pytest.raises(ValueError, match=r"the vae is a AutoencoderKLFlux2, but a .* for a AutoencoderKL\."):
+        ModalityForcingPipeline.from_pretrained(tmp_path / "z_image")
 
 
 # LoRAs

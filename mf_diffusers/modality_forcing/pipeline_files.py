@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
 from transformers import PreTrainedTokenizerBase, Qwen3Config, T5EncoderModel
 
 from ..checkpoint_files import CheckpointFiles, EmptyWeights
-from .backbones import BACKBONES, Backbone
+from .backbones import BACKBONES, Backbone, family_of
 from .conversion import convert_published_autoencoder, convert_published_transformer
 from .depth_processor import DepthProcessor
 from .model_files import build_empty, check_weights, read_arguments, read_model, short
@@ -188,6 +188,13 @@ def _check_fit(parts, files):
             raise ValueError(
                 f"{files.path('depth_processor')}: patch_size is {side}, but the transformer takes depth tokens of "
                 f"{transformer['depth_channels']} values: it must be {math.isqrt(transformer['depth_channels'])}."
+            )
+    if "vae" in parts and "transformer" in parts:
+        backbone = BACKBONES[family_of(parts["transformer"].cls.__name__)]
+        if parts["vae"].cls is not backbone.autoencoder_class:
+            raise ValueError(
+                f"{files.path('model_index.json')}: the vae is a {parts['vae'].cls.__name__}, but a "
+                f"{parts['transformer'].cls.__name__} was made for a {backbone.autoencoder_class.__name__}."
             )
     if "text_encoder" in parts and "transformer" in parts:
         check_text_encoder(
