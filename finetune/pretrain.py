@@ -241,7 +241,7 @@ def picture_grid(config: PretrainConfig, pipe, captions: list[str], token_size: 
         "text_encoder_out_layers": config.text_encoder_out_layers,
     }
     images = pipe(
-        prompt=captions,
+        prompt=list(captions),  # which diffusers may write into
         height=side,
         width=side,
         num_inference_steps=30,

@@ -9,6 +9,7 @@ from tiny_z_image import TINY_Z_IMAGE, graft, make_inputs, make_z_image
 from training_runs import SCENES, run, settings, weights
 
 from finetune import post_train, pretrain
+from finetune.data.cache import CacheConfig
 from finetune.post_train import PostTrainConfig, make_teacher
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline, ModalityForcingZImageTransformer2DModel
 from mf_diffusers.modality_forcing.backbones import BACKBONES
@@ -101,7 +102,8 @@ def test_a_base_is_pretrained_and_post_trained(tmp_path, monkeypatch):
         "architecture=z_image",
         f"vae={tmp_path / 'vae'}",
         *(f"transformer.{name}={value}" for name, value in TINY_Z_IMAGE.items()),
-        "text_encoder={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 3, num_attention_heads: 2}",
+        "text_encoder={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 3, num_attention_heads: 2, "
+        "num_key_value_heads: 1, head_dim: 8}",
         "text_encoder_out_layers=[2]",
         "vocabulary_size=300",
         "max_sequence_length=40",
@@ -113,7 +115,8 @@ def test_a_base_is_pretrained_and_post_trained(tmp_path, monkeypatch):
     run(pretrain, arguments, tmp_path, monkeypatch)
     base = ZImagePipeline.from_pretrained(tmp_path / "base" / "pipeline")
     base.set_progress_bar_config(disable=True)
-    assert pretrain.picture_grid(pretrain.PretrainConfig(), base, ["a red ball", "a blue box"], token_size=4)
+    config = pretrain.PretrainConfig(cache=CacheConfig(pixels=1024))
+    assert pretrain.picture_grid(config, base, ["a red ball", "a blue box"], token_size=4).height > 2 * 96
     more = ["text_encoder_out_layers=[2]", "max_sequence_length=40"]
     run(
         post_train,
