@@ -22,7 +22,8 @@ from mf_diffusers import ModalityForcingPipeline, ModalityForcingZImageTransform
 from mf_diffusers.checkpoints import convert_checkpoint, load_pipeline, read_checkpoint
 from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.latent_tokens import image_to_tokens, pack_cells, tokens_to_latents
-from mf_diffusers.modality_forcing.pipeline import even_levels, token_positions
+from mf_diffusers.modality_forcing.pipeline import token_positions
+from mf_diffusers.modality_forcing.task import even_levels
 
 
 PROMPTS = ["a cat", "a large red ball on the green table"]
