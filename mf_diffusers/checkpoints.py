@@ -72,6 +72,8 @@ def load_pipeline(
     damaged, or its parts do not fit: this is found out before memory is taken.
     """
     hub = {"local_files_only": offline}
+    if not math.isfinite(lora_weight):
+        raise ValueError(f"lora_weight={lora_weight} must be a finite number.")
     if lora:
         lora = find_lora(lora, **hub)  # what is not there is found out before the model is loaded
     if adapter:

@@ -40,11 +40,17 @@ class PointSettings:
         fov_degrees: field of view along the longer side.
         edge_threshold: see `depth_edges`. None: nothing is cut.
         max_points: see `reduced`.
+
+    Raises ValueError for a threshold that `depth_edges` does not take.
     """
 
     fov_degrees: float = FOV_DEGREES
     edge_threshold: float | None = EDGE_THRESHOLD
     max_points: int = MAX_POINTS
+
+    def __post_init__(self):
+        if self.edge_threshold is not None:
+            _check_threshold(self.edge_threshold)
 
 
 def intrinsics_from_fov(width, height, fov_degrees=FOV_DEGREES):
@@ -249,7 +255,7 @@ def save_glb(path, vertices, faces, colors):
 
 def _check_threshold(threshold):
     if not (threshold > 0 and np.isfinite(threshold)):
-        raise ValueError(f"an edge threshold of {threshold!r} is no positive number; 0.1 is a jump of 10 %")
+        raise ValueError(f"edge_threshold={threshold!r} must be a positive number, e.g. 0.1 for jumps of 10 %")
 
 
 def _max_3x3(values):

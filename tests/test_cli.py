@@ -597,6 +597,12 @@ def test_a_lora_that_is_not_used_whole_is_no_result(model, photo, lora):
     message = refuse("depth", photo, "-m", model, "--lora", lora / "other.safetensors", "-q")
     assert "other.safetensors is not loaded, for 3 of its 3 keys have no place in this transformer" in message
     assert not names("outputs")
+    for weight in ("nan", "inf"):
+        message = refuse("depth", photo, "-m", "no/such/model", "--lora-weight", weight)
+        assert f"--lora-weight {weight} must be a finite number" in message
+    assert "--edge-threshold inf must be a positive number" in refuse(
+        "depth", photo, "-m", model, "--edge-threshold", "inf"
+    )
 
 
 def test_an_adapter_of_training(model, photo):

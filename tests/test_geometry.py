@@ -199,7 +199,7 @@ def test_mesh_cuts_edges_and_holes():
         ({"depth": np.ones((4, 5)), "image": Image.new("RGB", (4, 5))}, "does not fit depth of 5x4 pixels"),
         ({"depth": np.ones((4, 5)), "fov_degrees": 190}, "fov_degrees=190"),
         ({"depth": np.ones((4, 5)), "intrinsics": np.eye(2)}, "3x3"),
-        ({"depth": np.ones((4, 5)), "edge_threshold": 0}, "edge threshold of 0"),
+        ({"depth": np.ones((4, 5)), "edge_threshold": 0}, "edge_threshold=0 must be a positive number"),
     ],
 )
 def test_clouds_and_meshes_reject(build, arguments, message):

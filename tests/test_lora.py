@@ -157,6 +157,28 @@ def test_what_diffusers_and_peft_write_has_its_scale(pipe, diffusers, tmp_path):
         pipe.unload_lora_weights()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
+def test_every_width_of_fractions(dtype, pipe, diffusers, tmp_path):
+    weights = {key: tensor.to(dtype) for key, tensor in spelled(diffusers, "transformer.{}").items()}
+    save_file(weights, tmp_path / "lora.safetensors")
+    expected = {}
+    for name in diffusers:
+        down, up = (weights[f"transformer.{name}.lora_{factor}.weight"].float() for factor in "AB")
+        expected[name] = pipe.transformer.get_submodule(name).weight + up @ down
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    assert_changed(pipe, expected)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", "\0"])
+@pytest.mark.parametrize("where", ["lora_adapter_metadata", "adapter_config.json"])
+def test_settings_that_are_none(where, text, pipe, diffusers, tmp_path):
+    metadata = {where: text} if where == "lora_adapter_metadata" else None
+    save_file(spelled(diffusers, "transformer.{}"), tmp_path / "lora.safetensors", metadata)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{where} is no JSON"):
+        pipe.load_lora_weights(tmp_path / "lora.safetensors")
+
+
 def test_alpha_patterns_and_rslora(pipe, diffusers, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"r": RANK, "lora_alpha": 3, "alpha_pattern": {"to_q": 5}, "use_rslora": True})

@@ -143,7 +143,9 @@ class DepthProcessor(ConfigMixin):
         Returns:
             Validity (B, 1, H, W), bool.
         """
-        valid = depth > 0 if self.config.infinite_depth else torch.isfinite(depth) & (depth > 0)
+        valid = depth > 0
+        if not self.config.infinite_depth:
+            valid &= depth < torch.inf  # not isfinite, which copies the map
         return valid if mask is None else valid & mask.bool()
 
     def scale(self, depth: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

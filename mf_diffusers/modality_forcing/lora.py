@@ -141,11 +141,22 @@ def _only_weights(where: str | Path, files: list[str], weight_name: str | None) 
 
 def read_lora_config(path: Path) -> dict:
     """What a LoRA's file, or PEFT's adapter_config.json beside it, says of its scale; {} where they say nothing."""
-    metadata = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+    metadata = _settings(f"{path}: its lora_adapter_metadata", read_metadata(path).get("lora_adapter_metadata", "{}"))
     peft_config = path.with_name("adapter_config.json")
     if metadata or not peft_config.is_file():
         return {name.removeprefix("transformer."): value for name, value in metadata.items()}
-    return json.loads(peft_config.read_text(encoding="utf-8"))
+    return _settings(peft_config, peft_config.read_bytes())
+
+
+def _settings(source, text):
+    """The JSON object in a text or bytes. Raises ValueError, which names the source, when there is none."""
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is no JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{source} is no JSON object.")
+    return settings
 
 
 def lora_scale(layer: str, rank: int, config: dict | None) -> float:
@@ -191,7 +202,7 @@ def convert_lora(
                 scale = float(parts["alpha"]) / len(down) if "alpha" in parts else lora_scale(place, len(down), config)
                 lora[f"{place}.lora_A.weight"] = down.clone()
                 lora[f"{place}.lora_B.weight"] = part.clone() if scale == 1 else part.float() * scale
-    broken = [key for key, tensor in lora.items() if not tensor.isfinite().all()]
+    broken = [key for key, tensor in lora.items() if not tensor.float().isfinite().all()]
     if broken:
         raise ValueError(f"{source} holds NaN or infinite values, in {shorten(broken, 3)}: get the file anew.")
     return lora

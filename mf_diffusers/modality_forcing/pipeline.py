@@ -558,7 +558,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
             known, is_known = (maps.repeat_interleave(len(depth) // len(maps), dim=0) for maps in (known, is_known))
         if given.is_start:
             return resized * self.depth_processor.scale(known, is_known).view(-1, 1, 1, 1), mask, uncertainty
-        is_known = is_known & known.isfinite()
+        is_known = is_known & (known < torch.inf)  # not isfinite, which copies the map
         return complete(depth, resized, known, is_known), mask | is_known, uncertainty
 
     def postprocess(
