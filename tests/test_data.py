@@ -187,14 +187,15 @@ def test_depth_encodings(tmp_path, metadata, stored, expected):
 
 def test_infinity_is_missing_unless_metadata_says_more(tmp_path):
     np.save(tmp_path / "depth.npy", np.array([[np.inf, 1e-45, 2, np.nan]], dtype=np.float32))
-    np.testing.assert_array_equal(DepthFormat("linear").read(tmp_path / "depth.npy"), [[0, np.float32(1e-45), 2, 0]])
-    np.testing.assert_array_equal(DepthFormat("inverse").read(tmp_path / "depth.npy"), [[0, 0, 0.5, 0]])
+    linear, inverse = (DepthFormat(encoding, maximum=np.inf) for encoding in ("linear", "inverse"))
+    np.testing.assert_array_equal(linear.read(tmp_path / "depth.npy"), [[0, np.float32(1e-45), 2, 0]])
+    np.testing.assert_array_equal(inverse.read(tmp_path / "depth.npy"), [[0, 0, 0.5, 0]])
 
 
-@pytest.mark.parametrize("encoding, near, far", [("linear", 2, 1e10), ("inverse", 0.5, 1e-10)])
+@pytest.mark.parametrize("encoding, near, far", [("linear", 2, 1e3), ("inverse", 0.5, 1e-3)])
 def test_infinity_that_is_known(tmp_path, encoding, near, far):
-    np.save(tmp_path / "depth.npy", np.array([[np.inf, 1e10, 2, np.nan, 0, -np.inf]], dtype=np.float32))
-    for infinite, second in (("inf", far), (["inf", 1e10], np.inf)):
+    np.save(tmp_path / "depth.npy", np.array([[np.inf, 1e3, 2, np.nan, 0, -np.inf]], dtype=np.float32))
+    for infinite, second in (("inf", far), (["inf", 1e3], np.inf)):
         entry = {"depth_encoding": encoding, "depth_infinite": infinite}
         depth = DepthFormat.from_metadata(entry).read(tmp_path / "depth.npy")
         np.testing.assert_allclose(depth, [[np.inf, second, near, 0, 0, 0]], rtol=1e-6)

@@ -341,19 +341,20 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self):
-        """Context in which the model holds the averaged weights."""
-        if self.ema is None:
-            yield
-            return
-        parameters = self.shards.own_parts
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.shards.publish()
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
+        """Context in which the model holds the averaged weights, and nothing is compiled for the sake of validation."""
+        with torch.compiler.set_stance("eager_on_recompile"):
+            if self.ema is None:
+                yield
+                return
+            parameters = self.shards.own_parts
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
             self.shards.publish()
+            try:
+                yield
+            finally:
+                self.ema.restore(parameters)
+                self.shards.publish()
 
     def finish(self, report: ReadReport) -> None:
         """Closes the logs, and lists the samples that could not be read."""
