@@ -60,15 +60,16 @@ class FarEnd(NamedTuple):
 
 
 def far_end(depth) -> FarEnd | None:
-    """The far end of a depth map (H, W), 0 where missing; None where there are no two depths. The median is that of a
-    regular sample in maps of more than a million pixels."""
+    """The far end of a depth map (H, W), 0 where missing; None where fewer than 4 pixels are nearer, for their median
+    would say nothing. It is that of a regular sample in maps of more than a million pixels."""
     value = np.max(depth, where=np.isfinite(depth), initial=0)
     nearer = (depth > 0) & (depth < value)
-    next_nearer = np.max(depth, where=nearer, initial=0)
-    if next_nearer == 0:
+    others = int(np.count_nonzero(nearer))
+    if others < BACKGROUND_PIXELS:
         return None
+    next_nearer = np.max(depth, where=nearer, initial=0)
     pixels = int(np.count_nonzero(depth == value))
-    step = 1 + np.count_nonzero(nearer) // SAMPLE
+    step = 1 + others // SAMPLE
     bands = np.array_split(np.arange(len(depth)), 1 + depth.size // SAMPLE)  # so that no copy of a large map is made
     median = np.median(np.concatenate([depth[rows][nearer[rows]][::step] for rows in bands]))
     return FarEnd(float(value), pixels, float(value) / float(next_nearer), float(median))

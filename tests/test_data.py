@@ -28,6 +28,7 @@ from finetune.data.sources import (
     captions_of,
 )
 from mf_diffusers.depth_io import read_depth, write_depth
+from mf_diffusers.input_warning import InputWarning
 
 
 RGBD = Path(__file__).parents[2] / "shared" / "data" / "rgbd"
@@ -505,13 +506,19 @@ def test_missing_things(tmp_path):
             build_source(WebDatasetConfig(shards=shards))
 
 
+def test_metadata_as_editors_on_windows_write_it(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "0.png", "text": "\xc3\xa4"}\r\n\r\n')
+    assert build_source(FolderConfig(path=str(tmp_path)))[0]["caption"] == "ä"
+
+
 def test_unknown_keys_warn_once(tmp_path):
     picture(0).save(tmp_path / "0.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "colour": 1, "depht_scale": 2}\n' * 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         build_source(FolderConfig(path=str(tmp_path)))
-    caught = [warning for warning in caught if warning.category is UserWarning]
+    caught = [warning for warning in caught if warning.category is InputWarning]
     assert len(caught) == 1
     assert "colour, depht_scale" in str(caught[0].message)
 

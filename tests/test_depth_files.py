@@ -92,6 +92,7 @@ DEPTHS = {
     "16 bits spread over the whole range": (SCENE / SCENE.max() * 65535).astype(np.uint16),
     "a wall at the end of the whole range": scene(65535, np.uint16, nearer=3000 * SCENE),
     "three outliers": scene(1000, where=np.arange(SCENE.size).reshape(SCENE.shape) < 3),
+    "too few to compare with": np.where(np.arange(SCENE.size).reshape(SCENE.shape) < 3, 1, scene(1e10, where=True)),
     "a single depth": np.full(SCENE.shape, 1e10, dtype=np.float32),
     "nothing": np.zeros(SCENE.shape, dtype=np.float32),
 }

@@ -534,6 +534,8 @@ def test_disparity_is_not_taken_for_depth(data, tmp_path):
     assert report["left_out"][0]["reason"] == (
         "0: prediction 0_disp.npy is disparity: score it with alignment='disparity'"
     )
+    outcome = call("--data", data, "--predictions", tmp_path / "p", "-o", tmp_path / "line", "-q")
+    assert "error: 0: prediction 0_disp.npy is disparity: score it with --alignment 'disparity'" in outcome.stderr
     write_values(tmp_path / "p" / "0" / "depth.npy", truth(0))  # where both are, the one that is meant
     write_values(tmp_path / "p" / "0" / "disparity.npy", 1 / np.maximum(truth(0), 0.5))
     for alignment, file in (("scale", "0/depth.npy"), ("disparity", "0/disparity.npy")):
@@ -628,3 +630,14 @@ def test_compare_takes_disparity_against_depth(data, predictions, tmp_path):
     score(data, tmp_path / "p", tmp_path / "c", "disparity", center_crop=16)
     with pytest.raises(ValueError, match=r"other protocols .* center_crop None and 16"):
         compare(reports[0], tmp_path / "c" / "report.json")
+
+
+def test_a_warning_of_depth_names_what_metadata_calls_the_remedy(data, predictions, tmp_path):
+    """Once, though the frame is read again for its picture in the report; and -q does not hide it."""
+    depth = np.load(data / "0.npy")
+    depth[0] = 1e10
+    np.save(data / "0.npy", depth)
+    outcome = call("--data", data, "--predictions", predictions, "-o", tmp_path / "run", "-q")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stderr.count("hold 1e+10") == 1
+    assert "give depth_infinite 1e+10 if it is infinitely far, depth_max inf if" in outcome.stderr

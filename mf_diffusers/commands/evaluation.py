@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mf_diffusers.alignment import ALIGNMENTS
 from mf_diffusers.commands.options import (
+    FLAGS,
     Adapter,
     Device,
     Dtype,
@@ -23,6 +24,7 @@ from mf_diffusers.commands.options import (
     choice,
     option,
 )
+from mf_diffusers.errors import with_options
 from mf_diffusers.evaluation.comparison import compare as compare_reports
 from mf_diffusers.evaluation.metrics import NEGATIVE
 from mf_diffusers.evaluation.protocol import BENCHMARKS, METHODS, TASKS, Protocol
@@ -153,7 +155,7 @@ def show(report: dict, total: int, output: Path, quiet: bool) -> None:
     without = [frame["reason"] for frame in report["left_out"] if frame["status"] == NO_TRUTH]
     for kind, lines in (("warning", [*without, *report["warnings"]]), ("error", failed)):
         for line in lines[:10]:
-            typer.echo(f"{kind}: {line}", err=True)
+            typer.echo(f"{kind}: {with_options(line, FLAGS)}", err=True)
         if len(lines) > 10:
             typer.echo(f"{kind}: and {len(lines) - 10} more, in {output / 'report.json'}", err=True)
     if failed or not mean:

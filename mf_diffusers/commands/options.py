@@ -28,6 +28,9 @@ def option(*names: str, panel: str = "Options", **settings):
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
+ARGUMENTS = ("SRC", "DST")
+"""What stands without a flag."""
+
 FLAGS = {
     "src": "SRC",
     "dst": "DST",
@@ -68,6 +71,14 @@ FLAGS = {
     "offload": "--offload",
 }
 """What the command line calls the arguments of the library, which errors name."""
+
+METADATA_KEYS = {
+    "scale": "depth_scale",
+    "invalid": "depth_invalid",
+    "infinite": "depth_infinite",
+    "maximum": "depth_max",
+}
+"""What metadata.jsonl calls them, for commands without the flag."""
 
 DTYPES = choice("auto", "bfloat16", "float32")
 

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from mf_diffusers.depth_io import as_depth_map, read_depth
+from mf_diffusers.input_warning import InputWarning
 from mf_diffusers.pictures import is_like, read_oriented, turned_along
 
 from .frame import Frame
@@ -130,7 +131,7 @@ def read_rows(folder) -> list[Row]:
     if not metadata.is_file():
         raise FileNotFoundError(f"{metadata}: no such file; it lists the samples of a folder, one JSON per line")
     rows, unknown = [], set()
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(metadata.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 entry = json.loads(line)
@@ -139,7 +140,8 @@ def read_rows(folder) -> list[Row]:
                 raise ValueError(f"{metadata}, line {number}: {error}") from error
             unknown |= entry.keys() - METADATA_KEYS
     if unknown:
-        warnings.warn(f"{metadata}: keys without a meaning here: {', '.join(sorted(unknown))}", stacklevel=3)
+        keys = ", ".join(sorted(unknown))
+        warnings.warn(f"{metadata}: keys without a meaning here: {keys}", InputWarning, stacklevel=3)
     return rows
 
 
