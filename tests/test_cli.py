@@ -118,7 +118,8 @@ def refuse(*arguments, code=1):
     assert result.exit_code == code, result.output
     assert isinstance(result.exception, SystemExit)
     if code == 1:
-        message = re.sub(r"\rLoading pipeline components[^\r\n]*\n?", "", result.stderr)  # its bar may stand before
+        bars = r"[\r\x1b\[A]*Loading (pipeline components|weights)[^\r\n\x1b]*\n?"  # of slow machines may stand before
+        message = re.sub(bars, "", result.stderr)
         assert message.startswith("error: ")
     return re.sub(r"[\s│]+", " ", result.stderr)
 
