@@ -97,7 +97,8 @@ LEANS_ON = {
         "comfy_api.latest.io.MultiType.Input": ("types", "tooltip", "optional"),
         "comfy_execution.graph_utils.ExecutionBlocker": (),
     },
-    "'Load Modality Forcing Pipeline'": {
+    "'Load Modality Forcing Pipeline' or 'Adapter'": {
+        "comfy.sd.load_lora_for_models": ("model", "clip", "lora", "strength_model", "strength_clip"),
         "comfy.sd.load_diffusion_model_state_dict": ("sd", "disable_dynamic"),
         "comfy.sd.CLIP": ("target", "parameters", "state_dict", "model_options"),
         "comfy.supported_models_base.ClipTarget": ("tokenizer", "clip"),

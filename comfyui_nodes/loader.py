@@ -20,7 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel, ModalityForcingPipeline
 from mf_diffusers.checkpoint_files import CheckpointFiles
-from mf_diffusers.modality_forcing.conversion import export_published_transformer, load_safetensors
+from mf_diffusers.modality_forcing.adapter import check_adapter, read_adapter
+from mf_diffusers.modality_forcing.conversion import (
+    convert_published_transformer,
+    export_published_transformer,
+    load_safetensors,
+)
 from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
 from mf_diffusers.modality_forcing.pipeline_files import Part, open_tokenizer, read_pipeline
 
@@ -76,6 +81,45 @@ def load_model(folder: Path, disable_dynamic: bool = False) -> comfy.model_patch
     model.model.model_sampling.set_parameters(shift=math.log(shift))
     model.cached_patcher_init = (load_model, (folder,))
     return model
+
+
+def load_adapter(base: Path, path: Path, strength: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    """
+    Args:
+        base: a FLUX.2 without depth, a single file of ComfyUI.
+        path: what LoRA training wrote, `pipeline.adapter.safetensors`: depth modules, a LoRA and settings.
+        strength: of the LoRA.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no adapter, or one of another base.
+    """
+    adapter = read_adapter(path)
+    weights = _base_weights(base) | export_published_transformer(adapter.depth, prefix="")
+    config, converted = convert_published_transformer(weights)
+    with torch.device("meta"):
+        transformer = ModalityForcingFlux2Transformer2DModel(**config)
+    transformer.load_state_dict(converted, assign=True)
+    check_adapter(adapter, transformer, path)
+    model = comfy.sd.load_diffusion_model_state_dict(weights)
+    settings = adapter.settings.get("pipeline", {})
+    for name in ("sample_size", "size_rule", "log2_alpha"):
+        setattr(model.model, name, settings.get(f"default_{name}", getattr(model.model, name)))
+    if "depth_processor" in adapter.settings:
+        model.model.diffusion_model.depth_processor = DepthProcessor(**adapter.settings["depth_processor"])
+    model.cached_patcher_init = (load_adapter, (base, path))
+    if not adapter.lora:
+        return model
+    lora = {f"transformer.{name}": tensor for name, tensor in adapter.lora.items()}
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+
+
+def _base_weights(path: Path) -> dict[str, torch.Tensor]:
+    """In the published names. What ComfyUI saved has a prefix, and its own name for the weights of norms."""
+    return {
+        key.removeprefix("model.diffusion_model.").replace("_norm.weight", "_norm.scale"): tensor
+        for key, tensor in load_safetensors(path).items()
+    }
 
 
 # The text encoder: Qwen3 of any size, on ComfyUI's own layers

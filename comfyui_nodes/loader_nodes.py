@@ -58,6 +58,49 @@ class LoadPipeline(io.ComfyNode):
         return io.NodeOutput(model, clip, vae)
 
 
+class LoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ModalityForcingLoadAdapter",
+            display_name="Load Modality Forcing Adapter",
+            category=CATEGORY,
+            description="Opens what LoRA training wrote, depth modules and a LoRA in one file, on its FLUX.2 base.",
+            search_aliases=["modality forcing lora", "adapter", "trained lora", "depth lora"],
+            inputs=[
+                io.Combo.Input(
+                    "base",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="The FLUX.2 that it was trained on, unquantised, in ComfyUI/models/diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "adapter",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="pipeline.adapter.safetensors of the training, in ComfyUI/models/loras.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Of the LoRA. The depth modules are as they were trained.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, base, adapter, strength) -> io.NodeOutput:
+        from .loader import load_adapter  # as in 'Load Modality Forcing Pipeline'
+
+        files = (
+            Path(folder_paths.get_full_path_or_raise(folder, name))
+            for folder, name in (("diffusion_models", base), ("loras", adapter))
+        )
+        return io.NodeOutput(load_adapter(*files, strength))
+
+
 class LoadScene(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -67,7 +110,14 @@ class LoadScene(io.ComfyNode):
             category=CATEGORY,
             description="A picture of the kind that the embedded model knows, its true depth, and a prompt for it.",
             search_aliases=["example", "demo", "test scene", "sample image"],
-            inputs=[io.Combo.Input("scene", options=list(_captions()), tooltip="One of those on board.")],
+            inputs=[
+                io.Combo.Input("scene", options=list(_captions()), tooltip="One of those on board."),
+                io.Combo.Input(
+                    "known_depth",
+                    options=["everywhere", "in 1% of pixels"],
+                    tooltip="Where its depth is known: everywhere, or at points here and there, as of a laser scanner.",
+                ),
+            ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The picture."),
                 *depth_outputs(),
@@ -76,10 +126,13 @@ class LoadScene(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, scene) -> io.NodeOutput:
+    def execute(cls, scene, known_depth) -> io.NodeOutput:
         with Image.open(EMBEDDED_SCENES / f"{scene}.png") as picture:
             image = torch.from_numpy(np.array(picture.convert("RGB")))[None].float() / 255
         depth = torch.from_numpy(read_depth(EMBEDDED_SCENES / f"{scene}-depth.png"))[None, None]
+        if known_depth != "everywhere":
+            points = torch.rand(depth.shape, generator=torch.Generator().manual_seed(0)) < 0.01
+            depth = torch.where(points, depth, 0.0)
         valid = depth > 0
         return io.NodeOutput(
             image,

@@ -7,6 +7,7 @@ from . import depth_nodes, latent_nodes, loader_nodes
 
 NODES = [
     loader_nodes.LoadPipeline,
+    loader_nodes.LoadAdapter,
     loader_nodes.LoadScene,
     latent_nodes.EmptyLatent,
     latent_nodes.Encode,

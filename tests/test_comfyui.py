@@ -587,7 +587,7 @@ def test_the_server_lives_on(server):
 
 def test_object_info(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("ModalityForcing")}
-    assert len(nodes) == 13
+    assert len(nodes) == 14
     for name, info in nodes.items():
         assert info["display_name"] and info["description"] and info["search_aliases"], name
         assert info["category"] == "Modality Forcing"

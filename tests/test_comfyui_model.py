@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TRANSFORMER, make_pipeline, max_error, randomize
 
@@ -217,6 +218,41 @@ def test_klein_lora(comfy, file, pipeline):
         assert max_error(ours, reference) <= 1e-4
         assert max_error(ours, unpatched) > 1e-2
     patched.unpatch_model()
+
+
+@torch.no_grad()
+def test_an_adapter_on_its_base(comfy, pipeline, tmp_path):
+    """Depth modules, LoRA and settings of one file, onto a FLUX.2 without depth, as the library has them."""
+    from comfyui_nodes.loader import load_adapter
+
+    trained = make_pipeline()
+    base = {
+        key: tensor
+        for key, tensor in export_published_transformer(trained.transformer.state_dict(), prefix="").items()
+        if "depth" not in key and "cross_alpha" not in key
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    targets = r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_qkv_mlp_proj)"
+    lora = LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    trained.transformer.add_adapter(lora)
+    trained.register_to_config(default_sample_size=48, default_log2_alpha=-2.0)
+    trained.save_adapter(tmp_path / "pipeline.adapter.safetensors", base="a base")
+
+    files = tmp_path / "base.safetensors", tmp_path / "pipeline.adapter.safetensors"
+    model = load_adapter(*files)
+    assert (model.model.sample_size, model.model.log2_alpha) == (48, -2.0)
+    assert sum(map(len, model.patches.values())) == 6  # queries and keys of two blocks, and the fused layers of two
+    model.patch_model()
+    for ours, reference in call_both(model, trained.transformer):
+        assert max_error(ours, reference) <= 1e-4
+    model.unpatch_model()
+    assert max_error(*call_both(load_adapter(*files, strength=0.0), trained.transformer)[0]) > 1e-2
+    base["double_blocks.0.img_attn.qkv.weight"] *= 2
+    save_file(base, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="was trained on a base, which is not the base"):
+        load_adapter(tmp_path / "other.safetensors", tmp_path / "pipeline.adapter.safetensors")
+    with pytest.raises(ValueError, match="is no adapter"):
+        load_adapter(tmp_path / "base.safetensors", tmp_path / "base.safetensors")
 
 
 def test_the_published_size(comfy):

@@ -234,7 +234,7 @@ def node_ids():
 
 
 def test_every_node_has_a_help_page():
-    assert len(node_ids()) == 13 and all(name.startswith("ModalityForcing") for name in node_ids())
+    assert len(node_ids()) == 14 and all(name.startswith("ModalityForcing") for name in node_ids())
     pages = {path.stem: path.read_text(encoding="utf-8") for path in (PACK / "web" / "docs").glob("*.md")}
     assert set(pages) == set(node_ids())
     assert all(page.startswith("# ") and len(page) > 300 for page in pages.values())

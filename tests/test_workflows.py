@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import urllib.request
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from comfyui_server import REPOSITORY, Server
 from PIL import Image
 
 from mf_diffusers.depth_io import read_depth
-from mf_diffusers.embedded import EMBEDDED_MODEL
+from mf_diffusers.embedded import EMBEDDED_MODEL, EMBEDDED_SCENES
 
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
@@ -23,19 +22,23 @@ WORKFLOWS = REPOSITORY / "workflows"
 NODES = "\n".join(
     path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "comfyui_nodes").glob("*_nodes.py"))
 )
-NAMES = ["depth_to_image", "photo_to_depth", "refine_pass", "relight_restyle", "text_to_rgbd"]
+NAMES = [
+    *("complete_depth", "depth_to_image", "inpaint_geometry", "photo_to_depth", "refine_pass", "relight_restyle"),
+    "text_to_rgbd",
+]
 SAVERS = {"PreviewImage", "SaveGLB", "SaveImage", "SaveImageAdvanced"}
 CORE_INPUTS = {
     "BatchImagesNode": "images",
     "CLIPTextEncode": "clip text",
     "KSampler": "model positive negative latent_image seed steps cfg sampler_name scheduler denoise",
-    "LoadImage": "image",
+    "MaskComposite": "destination source x y operation",
     "MoGePointMapToMesh": "moge_geometry batch_index decimation discontinuity_threshold texture",
     "MoGeRender": "moge_geometry output",
     "PreviewImage": "images",
     "SaveGLB": "mesh filename_prefix",
     "SaveImage": "images filename_prefix",
     "SaveImageAdvanced": "images filename_prefix format",
+    "SolidMask": "value width height",
 }
 TITLE_BAR = 30  # of a node, above its position
 
@@ -102,12 +105,13 @@ def test_nodes_are_stock_or_ours(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_first_run_needs_no_download(name):
-    """The embedded model, and no file but the picture that comes with ComfyUI."""
+    """The embedded model and scenes, and no file."""
     _, api = read(name)
     embedded = re.search(r'^EMBEDDED = "(.+)"', NODES, re.M)[1]
-    on_board = {"LoadImage": {"image": "example.png"}, "ModalityForcingLoadPipeline": {"pipeline": embedded}}
-    loaders = [data for data in api.values() if "Load" in data["class_type"]]
-    assert loaders and all(data["inputs"] == on_board[data["class_type"]] for data in loaders)
+    loaders = {data["class_type"]: data["inputs"] for data in api.values() if "Load" in data["class_type"]}
+    assert loaders.pop("ModalityForcingLoadPipeline") == {"pipeline": embedded}
+    scene = loaders.pop("ModalityForcingLoadScene", None)
+    assert not loaders and (scene is None or (EMBEDDED_SCENES / f"{scene['scene']}.png").is_file())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,7 +149,6 @@ def server(tmp_path_factory):
         pytest.skip(f"needs the embedded model, {EMBEDDED_MODEL}")
     server = Server(Path(COMFYUI), tmp_path_factory.mktemp("comfyui"))
     try:
-        shutil.copy(Path(COMFYUI) / "input" / "example.png", server.base / "input")
         server.wait()
         yield server
     finally:
@@ -158,8 +161,8 @@ def test_runs_to_files_on_disk(server, name):
     _, api = read(name)
     files = server.run(api)
     assert set(files) == {node for node, data in api.items() if data["class_type"] in SAVERS}
-    with Image.open(server.base / "input" / "example.png") as photo:
-        size = (64, 64) if name in ("text_to_rgbd", "depth_to_image", "refine_pass") else photo.size
+    with Image.open(next(EMBEDDED_SCENES.glob("*.png"))) as scene:
+        size = (64, 64) if name in ("text_to_rgbd", "refine_pass") else scene.size
     for node, paths in files.items():
         of_each_photo = name == "photo_to_depth" and api[node]["class_type"] != "SaveGLB"
         assert len(paths) == (2 if of_each_photo else 1), api[node]
