@@ -35,13 +35,15 @@ class Alignment:
     shift: float = 0.0
     min_disparity: float | None = None
 
-    def apply(self, prediction):
+    def apply(self, prediction: np.ndarray) -> np.ndarray:
         """The aligned depth, float64 (H, W). It may be 0 or negative, and is not finite where `prediction` is not."""
         aligned = self.scale * np.asarray(prediction, dtype=np.float64) + self.shift
         return aligned if self.min_disparity is None else 1 / np.maximum(aligned, self.min_disparity)
 
 
-def align_affine_robust(prediction, truth, mask=None, grid=GRID):
+def align_affine_robust(
+    prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None, grid: int | None = GRID
+) -> Alignment:
     """Scale s >= 0 and shift b that minimise sum |s * prediction + b - truth| / truth, exactly.
 
     The affine-invariant protocol of MoGe, MoGe-2 and Modality Forcing, by default on MoGe's subsample. The minimum is
@@ -59,7 +61,9 @@ def align_affine_robust(prediction, truth, mask=None, grid=GRID):
     return Alignment(*_lad_line(x, y, 1 / y))
 
 
-def align_scale(prediction, truth, mask=None, grid=GRID):
+def align_scale(
+    prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None, grid: int | None = GRID
+) -> Alignment:
     """Scale s >= 0 that minimises sum |s * prediction - truth| / truth: a weighted median of truth / prediction.
 
     The scale-invariant protocol of MoGe, by default on its subsample; arguments as for `align_affine_robust`. Raises
@@ -72,7 +76,7 @@ def align_scale(prediction, truth, mask=None, grid=GRID):
     return Alignment(max(_weighted_median(y / x, np.abs(x) / y), 0.0))
 
 
-def align_median(prediction, truth, mask=None):
+def align_median(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> Alignment:
     """Scale median(truth) / median(prediction): the median scaling of SfMLearner and Monodepth2, on all pixels.
 
     Raises ValueError too when the median of the prediction is not above 0.
@@ -84,7 +88,7 @@ def align_median(prediction, truth, mask=None):
     return Alignment(float(np.median(y) / median))
 
 
-def align_least_squares(prediction, truth, mask=None):
+def align_least_squares(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> Alignment:
     """Scale s and shift b that minimise sum (s * prediction + b - truth)^2: Marigold's protocol, on all pixels.
 
     The scale may come out negative, as there. A constant prediction gets scale 0 and the mean truth.
@@ -92,7 +96,9 @@ def align_least_squares(prediction, truth, mask=None):
     return Alignment(*_least_squares_line(*_pixels(prediction, truth, mask)))
 
 
-def align_disparity_least_squares(prediction, truth, mask=None):
+def align_disparity_least_squares(
+    prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None
+) -> Alignment:
     """For predicted disparity: s and b that minimise sum (s * prediction + b - 1 / truth)^2, on all pixels.
 
     The protocol of MiDaS and Depth Anything. Depth is the inverse; as in MoGe's evaluation, disparity is held at or
@@ -103,7 +109,7 @@ def align_disparity_least_squares(prediction, truth, mask=None):
     return Alignment(*_least_squares_line(x, 1 / y), min_disparity=float(1 / y.max()))
 
 
-def align_none(prediction, truth, mask=None):
+def align_none(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> Alignment:
     """Scale 1 and shift 0, for metric depth."""
     _pixels(prediction, truth, mask)
     return Alignment()
@@ -119,13 +125,13 @@ ALIGNMENTS = {
 }
 
 
-def masked_nearest(valid, grid=GRID):
+def masked_nearest(valid: np.ndarray, grid: int = GRID) -> tuple[np.ndarray, np.ndarray]:
     """The rows and columns, integers (N,) each, that `nearest_valid` finds on a grid x grid subsample, row by row."""
     rows, columns, found = nearest_valid(valid, (grid, grid))
     return rows[found], columns[found]
 
 
-def nearest_valid(valid, size):
+def nearest_valid(valid: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """MoGe's masked resampling: for every cell of a grid laid over the picture, the valid pixel nearest to its centre.
 
     Along an axis of n pixels and m cells, with c = max(1, n / m), cell i has its centre at (i + 1/2) n / m, and its
@@ -153,7 +159,9 @@ def nearest_valid(valid, size):
     )
 
 
-def checked_maps(prediction, truth, mask=None):
+def checked_maps(
+    prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The prediction as an array (H, W), and the truth as a depth map of the same shape, 0 where it does not count.
 
     Raises ValueError when they are no such arrays or no pixel is left.

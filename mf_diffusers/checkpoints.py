@@ -44,17 +44,17 @@ class Checkpoint:
 
 
 def load_pipeline(
-    model,
-    device,
-    dtype,
-    text_encoder=None,
-    lora=None,
-    offload="none",
-    offline=False,
-    adapter=None,
-    lora_weight=1.0,
-    size=None,
-):
+    model: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    text_encoder: str | Path | None = None,
+    lora: str | Path | None = None,
+    offload: str = "none",
+    offline: bool = False,
+    adapter: str | Path | None = None,
+    lora_weight: float = 1.0,
+    size: int | None = None,
+) -> ModalityForcingPipeline:
     """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run.
 
     Args:
@@ -132,7 +132,15 @@ def _backbone_of_base(class_name):
     return next((one for one in bases if one.base_pipeline_class.__name__ == class_name), None)
 
 
-def convert_checkpoint(src, dst, text_encoder=None, prefix="", dtype="auto", overwrite=False, offline=False):
+def convert_checkpoint(
+    src: str | Path,
+    dst: Path,
+    text_encoder: str | Path | None = None,
+    prefix: str = "",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    offline: bool = False,
+) -> tuple[str, int]:
     """Write a published checkpoint as a diffusers folder, or a diffusers folder as one published file.
 
     Args:

@@ -36,7 +36,7 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
     ] = False,
-):
+) -> None:
     """Modality Forcing: images and depth from one diffusion transformer."""
 
 

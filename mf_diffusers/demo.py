@@ -4,7 +4,9 @@ import json
 import platform
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -16,6 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import mf_diffusers
+from mf_diffusers import ModalityForcingPipelineOutput
 from mf_diffusers.alignment import align_affine_robust
 from mf_diffusers.checkpoints import load_pipeline
 from mf_diffusers.depth_io import read_depth
@@ -43,9 +46,10 @@ CELL = 144  # a little more than twice the side of the embedded model's pictures
 
 Steps = namedtuple("Steps", "image depth")  # of the tasks that make images, and of those that make depth of one
 Scene = namedtuple("Scene", "name caption image depth")  # depth (H, W) in metres, 0 for the sky
+Make = Callable[..., ModalityForcingPipelineOutput]  # the pipeline, with what it is making and the seeds in front
 
 
-def demo_scenes():
+def demo_scenes() -> list[Scene]:
     """Scenes that the embedded model has not seen in training: of the split "test" of finetune/scenes, seed 0.
 
     The number in a name is the scene's index. They are rendered at 256x256 with supersample=3.
@@ -55,7 +59,17 @@ def demo_scenes():
     return [Scene(name, captions[name], read_image(image), read_depth(depth)) for name, (image, depth) in files.items()]
 
 
-def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=False, **loading):
+def run_demo(
+    model: str | Path | None,
+    output: str | Path,
+    seed: int,
+    steps: int | None,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **loading,
+) -> dict[str, Any]:
     """Write a folder of results, `contact_sheet.png` and `metadata.json`; print the depth errors and the folder.
 
     Args:
@@ -77,8 +91,8 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
     with temporary_folder(output.parent) as folder, progress:
         task = progress.add_task("loading", total=None)
         pipe = load_pipeline(model, device, dtype, **loading)
-        steps = Steps(steps or pipe.config.default_num_inference_steps, pipe.config.default_depth_steps)
-        progress.update(task, total=steps.image * (2 + len(STRENGTHS)) + 4 * steps.depth)
+        counts = Steps(steps or pipe.config.default_num_inference_steps, pipe.config.default_depth_steps)
+        progress.update(task, total=counts.image * (2 + len(STRENGTHS)) + 4 * counts.depth)
         pipe.set_progress_bar_config(disable=True)
 
         def make(what, seeds, **inputs):
@@ -92,11 +106,11 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
             )
 
         scenes = demo_scenes()
-        texts, text_sheet = from_text(make, folder, seed, steps)
-        depths, depth_sheet = from_images(make, folder, seed, steps, scenes)
-        images, image_sheet = from_depth(make, folder, seed, steps, scenes)
+        texts, text_sheet = from_text(make, folder, seed, counts)
+        depths, depth_sheet = from_images(make, folder, seed, counts, scenes)
+        images, image_sheet = from_depth(make, folder, seed, counts, scenes)
         completed, scan_sheet = from_scan(make, folder, seed, scenes)
-        painted, paint_sheet = from_painted(make, folder, seed, steps, scenes)
+        painted, paint_sheet = from_painted(make, folder, seed, counts, scenes)
         whole = joined([joined([text_sheet, image_sheet], below=True), depth_sheet])
         joined([whole, joined([scan_sheet, paint_sheet])], below=True).save(folder / "contact_sheet.png")
         mean = mean_metrics([{name: facts[name] for name in ERRORS} for facts in depths])
@@ -104,7 +118,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
             "command": "demo",
             "model": Path(model).resolve() if Path(model).exists() else model,
             "seed": seed,
-            "steps": {"images": steps.image, "depth": steps.depth},
+            "steps": {"images": counts.image, "depth": counts.depth},
             "guidance_scale": pipe.config.default_guidance_scale,
             "device": device,
             "dtype": str(dtype).removeprefix("torch."),
@@ -129,7 +143,7 @@ def run_demo(model, output, seed, steps, device, dtype, overwrite=False, quiet=F
     return metadata
 
 
-def from_text(make, folder, seed, steps):
+def from_text(make: Make, folder: Path, seed: int, steps: Steps) -> tuple[list[dict[str, Any]], Image.Image]:
     """Results of `PROMPTS`, their depth made anew from the image: what metadata.json says of each, and their sheet."""
     facts, rows = [], []
     seeds = range(seed, seed + len(PROMPTS))
@@ -142,7 +156,9 @@ def from_text(make, folder, seed, steps):
     return facts, contact_sheet(rows, PROMPTS, ("image made", "depth made"), CELL, "Text to image and depth")
 
 
-def from_images(make, folder, seed, steps, scenes):
+def from_images(
+    make: Make, folder: Path, seed: int, steps: Steps, scenes: list[Scene]
+) -> tuple[list[dict[str, Any]], Image.Image]:
     """Depth of the images of `scenes`: its errors after affine alignment for each, and the sheet."""
     facts, rows, labels = [], [], []
     images = [scene.image for scene in scenes]
@@ -164,7 +180,9 @@ def from_images(make, folder, seed, steps, scenes):
     return facts, contact_sheet(rows, labels, columns, CELL, f"Image to depth, steps: {steps.depth}")
 
 
-def from_depth(make, folder, seed, steps, scenes):
+def from_depth(
+    make: Make, folder: Path, seed: int, steps: Steps, scenes: list[Scene]
+) -> tuple[list[dict[str, Any]], Image.Image]:
     """Images of the depth of `GIVEN_SCENE` at every conditioning strength: what metadata.json says, and the sheet."""
     facts, rows = [], []
     given = next(scene.depth for scene in scenes if scene.name == GIVEN_SCENE)
@@ -178,7 +196,7 @@ def from_depth(make, folder, seed, steps, scenes):
     return facts, contact_sheet(rows, labels, ("depth given", "image made"), CELL, f"Depth to image: {NEW_PROMPT}")
 
 
-def from_scan(make, folder, seed, scenes):
+def from_scan(make: Make, folder: Path, seed: int, scenes: list[Scene]) -> tuple[list[dict[str, Any]], Image.Image]:
     """Depth of the image of `SCANNED_SCENE` and of a few rows of its depth: its errors without any alignment,
     and the sheet."""
     scene = next(scene for scene in scenes if scene.name == SCANNED_SCENE)
@@ -197,7 +215,9 @@ def from_scan(make, folder, seed, scenes):
     return [facts], contact_sheet([row], [label], columns, CELL, "Completion of depth, in the unit of what is given")
 
 
-def from_painted(make, folder, seed, steps, scenes):
+def from_painted(
+    make: Make, folder: Path, seed: int, steps: Steps, scenes: list[Scene]
+) -> tuple[list[dict[str, Any]], Image.Image]:
     """The image of `PAINTED_SCENE` with a part made anew from a prompt: what metadata.json says, and the sheet."""
     scene = next(scene for scene in scenes if scene.name == PAINTED_SCENE)
     mask = Image.new("L", scene.image.size)
@@ -213,12 +233,12 @@ def from_painted(make, folder, seed, steps, scenes):
     return [facts], contact_sheet([row], None, columns, CELL, f"Inpainting: {PAINTED_PROMPT}")
 
 
-def write(folder, facts, image, depth, **options):
+def write(folder: Path, facts: dict[str, Any], image: Image.Image, depth: np.ndarray, **options) -> None:
     (folder / facts["result"]).mkdir()
     write_result(folder / facts["result"], image, depth, {"command": "demo"} | facts, **options)
 
 
-def joined(sheets, below=False):
+def joined(sheets: list[Image.Image], below: bool = False) -> Image.Image:
     """Sheets beside one another, or below one another with their right edges in line."""
     width, height = (max, sum) if below else (sum, max)
     sheet = Image.new("RGB", (width(s.width for s in sheets), height(s.height for s in sheets)), "white")

@@ -36,7 +36,7 @@ class FarEnd(NamedTuple):
         """How many times the median of all nearer depth it is."""
         return self.value / self.median
 
-    def background(self, stored) -> float | None:
+    def background(self, stored: float) -> float | None:
         """The depth from which on no surface lies; None where all depth may be that of one.
 
         That is the value itself where at least 4 pixels have it, nothing lies between half of it and it, and it is 50
@@ -59,7 +59,7 @@ class FarEnd(NamedTuple):
         return None
 
 
-def far_end(depth) -> FarEnd | None:
+def far_end(depth: np.ndarray) -> FarEnd | None:
     """The far end of a depth map (H, W), 0 where missing; None where fewer than 4 pixels are nearer, for their median
     would say nothing. It is that of a regular sample in maps of more than a million pixels."""
     value = np.max(depth, where=np.isfinite(depth), initial=0)

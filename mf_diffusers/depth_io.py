@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mf_diffusers.depth_background import far_end
 from mf_diffusers.depth_files import READERS, exr, png, read_stored
@@ -24,7 +25,15 @@ DEPTH_WRITE_SUFFIXES = (".npy", ".exr", ".png")
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def read_depth(path, scale=None, invalid=None, key=None, infinite=None, maximum=None, inverse=False):
+def read_depth(
+    path: str | Path,
+    scale: float | None = None,
+    invalid: float | tuple[float, ...] | None = None,
+    key: str | None = None,
+    infinite: float | tuple[float, ...] | None = None,
+    maximum: float | None = None,
+    inverse: bool = False,
+) -> np.ndarray:
     """Read a depth map; the suffix (any of `DEPTH_SUFFIXES`) decides the format.
 
     Where one value at the far end repeats and dwarfs the rest, as the background of a renderer does (1e10 of Blender,
@@ -82,7 +91,7 @@ def read_depth(path, scale=None, invalid=None, key=None, infinite=None, maximum=
     return depth
 
 
-def read_values(path, key=None, zero_is_value=False):
+def read_values(path: str | Path, key: str | None = None, zero_is_value: bool = False) -> np.ndarray:
     """The numbers in a depth file whatever they mean: relative depth and disparity may well be 0 or negative.
 
     Args:
@@ -107,7 +116,7 @@ def read_values(path, key=None, zero_is_value=False):
     return np.where(np.isfinite(read) & ~masked & ((values != 0) | zero_is_value), read, np.float32(np.nan))
 
 
-def write_depth(path, depth):
+def write_depth(path: str | Path, depth: ArrayLike) -> None:
     """Write a depth map (H, W); missing pixels (not finite, or not above 0) are stored as 0.
 
     The suffix decides: `.npy` float32; `.exr` one float32 channel "Z"; `.png` 16 bits, spread over 0..max depth, with
@@ -132,7 +141,13 @@ def write_depth(path, depth):
             png.write(temporary, depth)
 
 
-def as_depth_map(depth, mask=None, invalid=None, infinite=None, maximum=None):
+def as_depth_map(
+    depth: ArrayLike,
+    mask: ArrayLike | None = None,
+    invalid: float | tuple[float, ...] | None = None,
+    infinite: float | tuple[float, ...] | None = None,
+    maximum: float | None = None,
+) -> np.ndarray:
     """Bring an array to the depth map of this package: float32 (H, W), 0 where depth is missing.
 
     Args:
@@ -164,7 +179,7 @@ def as_depth_map(depth, mask=None, invalid=None, infinite=None, maximum=None):
     return depth
 
 
-def view_as_depth_map(depth, mask=None):
+def view_as_depth_map(depth: ArrayLike, mask: ArrayLike | None = None) -> np.ndarray:
     """As `as_depth_map`, but an array that is such a map already is returned itself, and not to be written to."""
     is_map = isinstance(depth, np.ndarray) and not isinstance(depth, np.ma.MaskedArray) and depth.dtype == np.float32
     if mask is None and is_map and depth.ndim == 2 and depth.size and depth.min() >= 0 and depth.max() < np.inf:

@@ -9,6 +9,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 ESCAPED = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -82,7 +87,7 @@ def place_folder(folder: Path, path: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def save_whole(model, path: str | Path) -> None:
+def save_whole(model: "ModelMixin | DiffusionPipeline", path: str | Path) -> None:
     """Write a pipeline or a model to the folder `path`, whole or not at all, in the place of a folder that is there.
 
     Raises OSError when it cannot be written; what was at `path` stays.

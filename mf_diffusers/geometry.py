@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from mf_diffusers.depth_io import view_as_depth_map
@@ -53,7 +54,7 @@ class PointSettings:
             _check_threshold(self.edge_threshold)
 
 
-def intrinsics_from_fov(width, height, fov_degrees=FOV_DEGREES):
+def intrinsics_from_fov(width: int, height: int, fov_degrees: float = FOV_DEGREES) -> np.ndarray:
     """Intrinsics of a camera that sees `fov_degrees` along the longer side of a picture of width x height pixels.
 
     Pixels are square and the principal point is the centre of the picture, ((width - 1) / 2, (height - 1) / 2).
@@ -68,7 +69,7 @@ def intrinsics_from_fov(width, height, fov_degrees=FOV_DEGREES):
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]], dtype=np.float64)
 
 
-def unproject(depth, intrinsics):
+def unproject(depth: ArrayLike, intrinsics: ArrayLike) -> np.ndarray:
     """The 3D point of every pixel.
 
     Args:
@@ -95,7 +96,7 @@ def unproject(depth, intrinsics):
     return np.stack([x * depth, y * depth, depth], axis=-1, dtype=np.float32)
 
 
-def depth_edges(depth, mask=None, threshold=EDGE_THRESHOLD):
+def depth_edges(depth: ArrayLike, mask: ArrayLike | None = None, threshold: float = EDGE_THRESHOLD) -> np.ndarray:
     """Pixels at a depth jump, where sensors and networks leave points flying between foreground and background.
 
     Args:
@@ -116,7 +117,7 @@ def depth_edges(depth, mask=None, threshold=EDGE_THRESHOLD):
     return valid & (farthest - nearest > threshold * nearest)
 
 
-def reduced(depth, image, pixels):
+def reduced(depth: np.ndarray, image: Image.Image, pixels: float) -> tuple[np.ndarray, Image.Image]:
     """A depth map and its picture on a grid of at most so many pixels, of about the same aspect ratio.
 
     Args:
@@ -138,7 +139,14 @@ def reduced(depth, image, pixels):
     return depth[down[:, None], across], image.resize((columns, rows), Image.Resampling.LANCZOS, reducing_gap=3)
 
 
-def point_cloud(depth, image=None, mask=None, fov_degrees=FOV_DEGREES, intrinsics=None, edge_threshold=EDGE_THRESHOLD):
+def point_cloud(
+    depth: ArrayLike,
+    image: Image.Image | np.ndarray | None = None,
+    mask: ArrayLike | None = None,
+    fov_degrees: float = FOV_DEGREES,
+    intrinsics: ArrayLike | None = None,
+    edge_threshold: float | None = EDGE_THRESHOLD,
+) -> tuple[np.ndarray, np.ndarray]:
     """The coloured points of a depth map, without its missing and its edge pixels (`depth_edges`).
 
     Args:
@@ -167,7 +175,14 @@ def point_cloud(depth, image=None, mask=None, fov_degrees=FOV_DEGREES, intrinsic
     return points[kept], colors[kept]
 
 
-def mesh(depth, image=None, mask=None, fov_degrees=FOV_DEGREES, intrinsics=None, edge_threshold=EDGE_THRESHOLD):
+def mesh(
+    depth: ArrayLike,
+    image: Image.Image | np.ndarray | None = None,
+    mask: ArrayLike | None = None,
+    fov_degrees: float = FOV_DEGREES,
+    intrinsics: ArrayLike | None = None,
+    edge_threshold: float | None = EDGE_THRESHOLD,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The surface of a depth map: two triangles between every four neighbouring pixels.
 
     Triangles with a missing corner, or with a relative depth jump between corners above `edge_threshold` (None: any
@@ -203,7 +218,7 @@ def mesh(depth, image=None, mask=None, fov_degrees=FOV_DEGREES, intrinsics=None,
     return points.reshape(-1, 3)[used], renumbered[faces], colors.reshape(-1, 3)[used]
 
 
-def save_ply(path, points, colors):
+def save_ply(path: str | Path, points: np.ndarray, colors: np.ndarray) -> None:
     """Write a point cloud as binary PLY, turned from OpenCV axes to y up and z backward so that it opens upright.
 
     Args:
@@ -221,7 +236,7 @@ def save_ply(path, points, colors):
         temporary.write_bytes(cloud.export(file_type="ply"))
 
 
-def save_glb(path, vertices, faces, colors):
+def save_glb(path: str | Path, vertices: np.ndarray, faces: np.ndarray, colors: np.ndarray) -> None:
     """Write a mesh with vertex colours as binary glTF, turned from OpenCV axes to y up and z backward.
 
     The colours of a photograph hold its light already, so the material is unlit. glTF wants vertex colours linear,

@@ -47,7 +47,13 @@ def repository_file(name: str, file: str, **hub) -> Path:
         return Path(hf_hub_download(name, file, **hub))
 
 
-def list_repository(name: str, revision=None, token=None, cache_dir=None, local_files_only=False) -> list[str]:
+def list_repository(
+    name: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> list[str]:
     """The files of a Hub repository; without the network, those on this machine. Errors as of `repository_folder`."""
     with hub_errors(name):
         if not (local_files_only or constants.HF_HUB_OFFLINE):

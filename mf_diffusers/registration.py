@@ -6,6 +6,7 @@ package or after it, and this package does not import diffusers for them.
 """
 
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -31,7 +32,9 @@ def register_with_diffusers() -> None:
 class EnterAfterImport(MetaPathFinder):
     """Leaves the modules of `ENTRIES` to the finders after it, and makes the entries once they are loaded."""
 
-    def find_spec(self, name, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in ENTRIES:
             return None
         later = sys.meta_path[sys.meta_path.index(self) + 1 :]

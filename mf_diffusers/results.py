@@ -3,8 +3,10 @@
 import json
 import os
 import warnings
+from collections.abc import Collection
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +20,9 @@ from mf_diffusers.visualization import colorize_depth, colorize_error
 METADATA = "metadata.json"
 
 
-def place_result(folder, output, name, overwrite=False, written=()):
+def place_result(
+    folder: Path, output: str | Path, name: str, overwrite: bool = False, written: Collection[Path] = ()
+) -> Path:
     """Rename a finished result folder to `output/name`, or to the first free of `name-002`, `name-003`, ...
 
     What is no name on every system is changed, see `legal_name`.
@@ -46,8 +50,15 @@ def place_result(folder, output, name, overwrite=False, written=()):
 
 
 def write_result(
-    folder, image, depth, metadata, mask=None, uncertainty=None, exr=False, points: PointSettings | None = None
-):
+    folder: Path,
+    image: Image.Image,
+    depth: np.ndarray,
+    metadata: dict[str, Any],
+    mask: np.ndarray | None = None,
+    uncertainty: np.ndarray | None = None,
+    exr: bool = False,
+    points: PointSettings | None = None,
+) -> None:
     """Write the files of a result into `folder`.
 
     image.png; depth.npy, the depth as it is; depth.png (16 bits), depth_colored.png, with `exr` depth.exr, and with
@@ -83,7 +94,7 @@ def write_result(
     (folder / METADATA).write_text(text + "\n", **ESCAPED)
 
 
-def write_points(folder, image, depth, settings: PointSettings):
+def write_points(folder: Path, image: Image.Image, depth: np.ndarray, settings: PointSettings) -> None:
     """Write points.ply and points.glb of an image and its depth (H, W), 0 where missing. Warns as `write_result`."""
     depth, image = reduced(depth, image, settings.max_points)
     for name, build, save in (("points.ply", point_cloud, save_ply), ("points.glb", mesh, save_glb)):

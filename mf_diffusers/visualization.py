@@ -1,10 +1,12 @@
 """Pictures of depth maps and of errors, and sheets of pictures."""
 
 import functools
+from collections.abc import Sequence
 from itertools import accumulate
 
 import matplotlib
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from mf_diffusers.depth_io import view_as_depth_map
@@ -18,7 +20,13 @@ INK = (40, 40, 40)
 BAND = 2**20  # values that are painted at once
 
 
-def colorize_depth(depth, mask=None, cmap="Spectral", near=None, far=None):
+def colorize_depth(
+    depth: ArrayLike,
+    mask: ArrayLike | None = None,
+    cmap: str = "Spectral",
+    near: float | None = None,
+    far: float | None = None,
+) -> np.ndarray:
     """Colour a depth map, near in the first colours of the map and far in the last: red to blue by default.
 
     Colours follow inverse depth, which tells near things apart as the eye does.
@@ -47,7 +55,7 @@ def colorize_depth(depth, mask=None, cmap="Spectral", near=None, far=None):
     return _painted(depth, _is_depth, farness, _colormap(cmap))
 
 
-def colorize_error(error, mask=None, max=None):
+def colorize_error(error: ArrayLike, mask: ArrayLike | None = None, max: float | None = None) -> np.ndarray:
     """Colour an error map, dark for 0 to bright yellow for `max` and above.
 
     Args:
@@ -82,7 +90,13 @@ def colorize_error(error, mask=None, max=None):
     return _painted(rows, np.isfinite, share, _colormap("inferno")).reshape(*error.shape, 3)
 
 
-def contact_sheet(rows, row_labels=None, column_labels=None, cell=256, title=None):
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    cell: int = 256,
+    title: str | None = None,
+) -> Image.Image:
     """Lay pictures out in a labelled grid on white.
 
     Args:

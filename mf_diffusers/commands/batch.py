@@ -130,7 +130,9 @@ class Batch:
         )
         self.pipe.set_progress_bar_config(disable=True)  # its steps are the second line of the display
 
-    def make(self, source, number: int, inputs, after_step) -> Made:
+    def make(
+        self, source: str | Path, number: int, inputs: Callable[..., dict[str, Any]], after_step: Callable[..., dict]
+    ) -> Made:
         """The result of a source. What was given, and is not part of it, is let go: it may be large."""
         started = time.perf_counter()
         seed = self.options.seed + number
@@ -157,7 +159,7 @@ class Batch:
         uncertainty = None if made.depth_uncertainty is None else made.depth_uncertainty[0]
         return Made(image, made.depth[0], points, facts, made.depth_mask[0], uncertainty)
 
-    def write(self, source, made: Made) -> Path:
+    def write(self, source: str | Path, made: Made) -> Path:
         """Write the result folder of a source, and return its path."""
         options = self.options
         with temporary_folder(options.output) as folder:
@@ -173,7 +175,7 @@ class Batch:
             )
             return place_result(folder, options.output, name_of(source), options.overwrite, self.written)
 
-    def point_settings(self, source, points: int) -> PointSettings:
+    def point_settings(self, source: str | Path, points: int) -> PointSettings:
         """Of a result with so many `Made.points`: there are no more to be had."""
         return PointSettings(
             fov_degrees=self.field_of_view(source)["degrees"],
@@ -181,7 +183,7 @@ class Batch:
             max_points=min(self.options.max_points, points),
         )
 
-    def field_of_view(self, source) -> dict[str, Any]:
+    def field_of_view(self, source: str | Path) -> dict[str, Any]:
         """Of a source along its longer side, and what says so."""
         if self.options.fov is not None:
             return {"degrees": self.options.fov, "from": "fov"}
@@ -190,7 +192,7 @@ class Batch:
             return {"degrees": round(degrees, 2), "from": "EXIF FocalLengthIn35mmFilm"}
         return {"degrees": FOV_DEGREES, "from": "default"}
 
-    def describe(self, source, prompt: str | None, seed: int) -> dict[str, Any]:
+    def describe(self, source: str | Path, prompt: str | None, seed: int) -> dict[str, Any]:
         """All it takes to make a result again."""
         model = Path(self.options.model)
         options = self.own | asdict(self.options)

@@ -23,7 +23,7 @@ def convert(
     dtype: Annotated[str, option(**DTYPES, help="auto: as stored.")] = "auto",
     overwrite: Annotated[bool, option("--overwrite", help="Replace DST.")] = False,
     offline: Offline = False,
-):
+) -> None:
     """Convert weights between the published layout and diffusers, both ways.
 
     A published folder with the autoencoder becomes a pipeline, one without it or a file a transformer.
@@ -44,7 +44,7 @@ def info(
     model: Annotated[str, typer.Argument(help="Folder, .safetensors file or Hub id.")],
     as_json: Annotated[bool, option("--json", help="For machines.")] = False,
     offline: Offline = False,
-):
+) -> None:
     """Describe a checkpoint without loading its weights.
 
     mf-diffusers info klein-depth/ --json

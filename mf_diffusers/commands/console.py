@@ -4,7 +4,9 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
 from mf_diffusers.commands.options import ARGUMENTS, FLAGS, METADATA_KEYS
@@ -16,7 +18,7 @@ class Command(TyperCommand):
     """A command whose expected errors and warnings are lines on stderr, with flags in the place of the library's
     arguments."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: typer.Context) -> Any:
         own = {name for parameter in self.params for name in parameter.opts}
         names = METADATA_KEYS | {name: flag for name, flag in FLAGS.items() if flag in own or flag in ARGUMENTS}
         with errors_as_lines(names), warnings_as_lines(ctx.params.get("quiet", False), names):

@@ -20,7 +20,7 @@ def prepare(
     max_pixels: Annotated[int | None, option(min=1, help="Make larger frames smaller; default: as they are.")] = None,
     workers: Annotated[int, option(min=1, panel="Machine", help="Processes.")] = 1,
     quiet: Quiet = False,
-):
+) -> None:
     """Write a data set as the webdataset shards that training reads, with a summary and a contact sheet.
 
     After an interruption the same command goes on. The licence of the data set holds for its shards too.

@@ -39,7 +39,7 @@ def demo(
     offload: Offload = "none",
     offline: Offline = False,
     quiet: Quiet = False,
-):
+) -> None:
     """Show all three tasks on a few prompts and on six scenes of this package, and make a sheet of them.
 
     mf-diffusers demo --model MODEL --output outputs/demo

@@ -22,7 +22,7 @@ def inpaint(
         float | None,
         option(min=-30, max=30, help="With --depth: -5 is a loose hold of it, -14 a tight one; default: rigid."),
     ] = None,
-):
+) -> None:
     """Make a part of a picture anew, or another version of it, with its depth.
 
     mf-diffusers inpaint room.png --mask sofa.png --prompt "a green armchair" --model MODEL
@@ -55,7 +55,7 @@ def complete(
     depth_files: DepthFiles,
     prompt: Annotated[str | None, option("--prompt", "-p", help="What the picture shows; can be left out.")] = None,
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; also gives uncertainty.")] = 1,
-):
+) -> None:
     """Complete a depth map that is known in part: points of a LiDAR, a sensor's with holes. The unit stays.
 
     mf-diffusers complete street.png lidar.png --model MODEL

@@ -83,7 +83,7 @@ def evaluate(
     offload: Offload = "none",
     offline: Offline = False,
     quiet: Quiet = False,
-):
+) -> None:
     """Score depth on a benchmark: a model's, or depth files made by any method.
 
     Stopped runs go on with the same command. Several processes share the frames: torchrun --no-python
@@ -168,7 +168,7 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="report.json of a run.")],
     second: Annotated[Path, typer.Argument(metavar="B.json", help="report.json of another, over the same frames.")],
     seed: Annotated[int, option(min=0, help="Of the resampling.")] = 0,
-):
+) -> None:
     """Compare two evaluations of the same frames, with 95 % intervals of the differences.
 
     mf-diffusers compare outputs/a/report.json outputs/b/report.json

@@ -1,11 +1,13 @@
 """The options that several commands share."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from mf_diffusers.geometry import EDGE_THRESHOLD, FOV_DEGREES, MAX_POINTS
@@ -24,7 +26,7 @@ def choice(*values: str) -> dict[str, Any]:
     return {"callback": check, "metavar": "|".join(values)}
 
 
-def option(*names: str, panel: str = "Options", **settings):
+def option(*names: str, panel: str = "Options", **settings) -> Any:
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
@@ -187,7 +189,7 @@ class DepthFiles:
         bool, option("--inverse", help="Files hold inverse depth (bright is near), as artists' maps do.")
     ] = False
 
-    def read(self, path: Path):
+    def read(self, path: Path) -> np.ndarray:
         """The depth map in a file, as `read_depth` gives it."""
         from mf_diffusers.depth_io import read_depth
 
@@ -208,7 +210,7 @@ class DepthFiles:
         return asdict(self) | {"depth_invalid": invalid, "depth_infinite": infinite, "depth_max": maximum}
 
 
-def shares_options(command):
+def shares_options(command: Callable) -> Callable:
     """The command with each field of `Options` and `DepthFiles` as an option of its own, in the place of the whole."""
     parameters = inspect.signature(command).parameters.values()
     groups = {p.name: p.annotation for p in parameters if p.annotation in (Options, DepthFiles)}

@@ -22,7 +22,7 @@ def generate(
         float | None, option(min=-30, max=30, help="Above 0 the image settles first, below 0 depth; default: 5.")
     ] = None,
     refine: Annotated[int, option(min=0, help="Steps of a second pass, image to depth, for sharper depth.")] = 0,
-):
+) -> None:
     """Make images and their depth from text.
 
     mf-diffusers generate "a lighthouse at dusk" "a tiled kitchen" --model MODEL --num 2
@@ -43,7 +43,7 @@ def depth(
     prompt: Annotated[str | None, option("--prompt", "-p", help="What the picture shows; can be left out.")] = None,
     ensemble: Annotated[int, option(min=1, help="Samples to take the median of; also gives uncertainty.")] = 1,
     recursive: Recursive = False,
-):
+) -> None:
     """Make the depth of images.
 
     mf-diffusers depth photo.jpg holiday/ --model MODEL --steps 4 --ensemble 5
@@ -70,7 +70,7 @@ def image(
         float | None, option(min=-30, max=30, help="From -5, a loose hold of depth, to -14, tight; default: rigid.")
     ] = None,
     recursive: Recursive = False,
-):
+) -> None:
     """Make images of depth maps: larger is farther (unless --inverse), 0 is missing, inf infinitely far.
 
     mf-diffusers image outputs/photo/depth.png --prompt "the same street in snow" --model MODEL

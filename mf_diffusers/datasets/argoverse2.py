@@ -15,6 +15,8 @@ metres and sparse, about one pixel in two hundred. float16 rounds coordinates be
 """
 
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -64,19 +66,19 @@ class Argoverse2(Dataset):
 
 
 @lru_cache(maxsize=4)
-def sweep_times(log):
+def sweep_times(log: Path) -> np.ndarray:
     """The times of the LiDAR sweeps of a log in order, int64 (N,)."""
     paths = (log / "sensors" / "lidar").glob("[0-9]*.feather")
     return np.array(sorted(int(path.stem) for path in paths), dtype=np.int64)
 
 
-def nearest(times, time):
+def nearest(times: np.ndarray, time: int) -> int:
     """That of the sorted `times` which is nearest to `time`."""
     after = np.searchsorted(times, time)
     return min((int(t) for t in times[max(0, after - 1) : after + 1]), key=lambda t: abs(t - time))
 
 
-def feather(path):
+def feather(path: Path) -> dict[str, np.ndarray]:
     """The columns of a feather file by name, as arrays."""
     from pyarrow.feather import read_table
 
@@ -85,14 +87,14 @@ def feather(path):
 
 
 @lru_cache(maxsize=16)
-def table(path, key):
+def table(path: Path, key: str) -> dict[Any, dict[str, Any]]:
     """The rows of a feather file, dicts, by what they have in column `key`."""
     columns = feather(path)
     rows = (dict(zip(columns, values)) for values in zip(*columns.values()))
     return {row[key]: row for row in rows}
 
 
-def pose(row):
+def pose(row: dict[str, Any]) -> np.ndarray:
     """The transform (4, 4) that the quaternion and translation of a row give."""
     transform = np.eye(4)
     transform[:3, :3] = Rotation.from_quat([row["qx"], row["qy"], row["qz"], row["qw"]]).as_matrix()

@@ -66,7 +66,7 @@ class Aria(Dataset):
         return Frame(name, image, depth.astype(np.float32), INTRINSICS).turned(1)
 
 
-def fisheye(x, y):
+def fisheye(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Column and row of the pixel that sees the direction (x, y, 1).
 
     Radial terms in odd powers of the angle to the axis, then tangential ones; the thin prism of the model is 0 here.

@@ -17,6 +17,7 @@ are there. The time in the name of a .pincam may differ by a millisecond. Pictur
 
 import csv
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -38,7 +39,7 @@ class ARKitScenes(Dataset):
     splits = ("Training", "Validation")
     layout = "Training/VIDEO/lowres_depth/VIDEO_SECONDS.png or .../highres_depth/... and the pictures beside them"
 
-    def __init__(self, root, split=None):
+    def __init__(self, root: str | Path, split: str | None = None):
         super().__init__(root, split)
         table = self.root / "metadata.csv"
         if not table.is_file():

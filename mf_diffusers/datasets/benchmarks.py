@@ -38,7 +38,7 @@ class NYUv2(Dataset):
     layout = "nyu_depth_v2_labeled.mat and splits.mat"
     library = "h5py"
 
-    def __init__(self, root, split="test"):
+    def __init__(self, root: str | Path, split: str = "test"):
         super().__init__(root, split)
 
     def _find(self):
@@ -193,7 +193,7 @@ class MoGeLayout(Dataset):
         return Frame(name, image, read_log_depth(folder / "depth.png"), intrinsics.astype(np.float32))
 
 
-def read_log_depth(path) -> np.ndarray:
+def read_log_depth(path: Path) -> np.ndarray:
     """Depth (H, W), float32, of MoGe's 16-bit PNG (see `log_depth`): 0 where missing, inf where infinite.
 
     Raises FileNotFoundError, and ValueError for other files.
@@ -204,7 +204,7 @@ def read_log_depth(path) -> np.ndarray:
     return as_depth_map(values, infinite=np.inf)
 
 
-def read_lines(path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a list, without empty ones."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip()]

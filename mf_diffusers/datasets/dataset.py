@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mf_diffusers.datasets.frame import Frame
 from mf_diffusers.pictures import read_image
 
 
@@ -37,7 +38,7 @@ class Dataset:
     files_per_frame = True
     """Whether frames lie in files of their own, and are read equally fast in any order."""
 
-    def __init__(self, root, split=None):
+    def __init__(self, root: str | Path, split: str | None = None):
         self.root, self.split = Path(root), split
         kind = type(self).__name__
         if not self.root.is_dir():
@@ -48,7 +49,7 @@ class Dataset:
             raise ValueError(f"{kind} is read with {self.library}: pip install 'mf-diffusers[datasets]'")
 
     @cached_property
-    def names(self):
+    def names(self) -> list[str]:
         """The names of the frames, sorted."""
         names = sorted(self._find())
         if not names:
@@ -64,7 +65,7 @@ class Dataset:
     def __getitem__(self, index):
         return self.read(self.names[index])
 
-    def read(self, name):
+    def read(self, name: str) -> Frame:
         """The frame called `name`. Raises ValueError, which names it, when it cannot be read."""
         try:
             return self._read(name)
@@ -85,11 +86,11 @@ class Dataset:
                 yield path.relative_to(self.root)
 
 
-def read_rgb(path):
+def read_rgb(path: Path) -> np.ndarray:
     """The picture at `path` as uint8 (H, W, 3), sRGB, as the sensor lay when it was taken: so does its depth."""
     return np.asarray(read_image(path, upright=False))
 
 
-def pinhole(fx, fy, cx, cy):
+def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     """float32 (3, 3) camera matrix."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=np.float32)

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -74,7 +74,7 @@ class DepthFormat:
             raise ValueError("depth_scale and depth_max must be positive")
         return cls(encoding, scale, tuple(invalid), tuple(infinite), maximum)
 
-    def read(self, path) -> np.ndarray:
+    def read(self, path: str | Path) -> np.ndarray:
         """Depth (H, W), float32, 0 where missing and inf where infinite.
 
         Raises ValueError and FileNotFoundError as `read_depth` does.
@@ -97,7 +97,7 @@ class Caption(NamedTuple):
     kind: str | None = None
 
 
-def captions_of(text) -> list[Caption]:
+def captions_of(text: Any) -> list[Caption]:
     """The captions in `text` of a sample's metadata, without the empty ones.
 
     Raises ValueError unless it is a string, a list of strings, or strings by kind; null counts as empty.
@@ -121,7 +121,7 @@ class Row:
     depth_format: DepthFormat
 
 
-def read_rows(folder) -> list[Row]:
+def read_rows(folder: Path) -> list[Row]:
     """The lines of a folder's `metadata.jsonl`, which is not to say that the files are there.
 
     Warns once of keys that it does not know. Raises FileNotFoundError for a missing folder or metadata, ValueError for
@@ -145,7 +145,7 @@ def read_rows(folder) -> list[Row]:
     return rows
 
 
-def fit_depth(depth, size, name) -> np.ndarray:
+def fit_depth(depth: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     """The depth (h, w) of a picture of `size` (H, W) at this size, by nearest neighbour.
 
     Raises ValueError, which names it, if the aspect ratios differ: then the depth is not that of the picture.
@@ -157,7 +157,7 @@ def fit_depth(depth, size, name) -> np.ndarray:
     return depth[down[:, None], across]
 
 
-def read_pair(folder, row: Row, name) -> tuple[Image.Image, np.ndarray | None]:
+def read_pair(folder: Path, row: Row, name: str) -> tuple[Image.Image, np.ndarray | None]:
     """The upright picture of a row and its depth at the same size (H, W), None where it has none.
 
     Raises ValueError and FileNotFoundError when one of them cannot be read or they do not belong together.
@@ -176,7 +176,7 @@ class Folder:
     raises, and ValueError when two lines have the same name.
     """
 
-    def __init__(self, root):
+    def __init__(self, root: str | Path):
         self.root = Path(root)
         self.rows = read_rows(root)
         self.names = [PurePath(row.image).with_suffix("").as_posix() for row in self.rows]

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -12,10 +14,6 @@ from .lidar import nearest_points
 @dataclass
 class Frame:
     """A picture with its depth.
-
-    A data set is a class with `__init__(root, split=...)`, `__len__`, `__getitem__(i) -> Frame` and `names`, the names
-    of its frames in order, which are known without opening the large files. A frame that cannot be read raises
-    ValueError or OSError from `__getitem__`, naming the file.
 
     Attributes:
         name: unique within the data set, like a relative path without suffix: "scene/camera/000012".
@@ -57,11 +55,11 @@ class Frame:
             )
 
     @property
-    def mask(self):
+    def mask(self) -> np.ndarray:
         """bool (H, W), True where the depth is known and finite."""
         return np.isfinite(self.depth) & (self.depth > 0)
 
-    def turned(self, quarters):
+    def turned(self, quarters: int) -> "Frame":
         """The frame after as many quarter turns clockwise, camera included."""
         frame = self
         for _ in range(quarters % 4):
@@ -77,7 +75,7 @@ class Frame:
             frame = replace(frame, image=image, depth=depth, intrinsics=intrinsics, sparse=sparse)
         return frame
 
-    def within(self, max_pixels):
+    def within(self, max_pixels: int | None) -> "Frame":
         """The frame, made smaller where it has more than `max_pixels` pixels; its aspect ratio stays (to a pixel).
 
         The picture is resampled without aliasing. Depth takes the pixel in the middle, and where that is missing, the
@@ -107,3 +105,21 @@ def _shrunk(depth, size, scale):
     source_rows, source_columns = np.nonzero(useful)
     filling = nearest_points(to_column[source_columns], to_row[source_rows], depth[useful], small.shape)
     return np.where(small == 0, filling, small)
+
+
+class Frames(Protocol):
+    """Frames of a data set by their number, as an evaluation reads them: a `Dataset`, a `Folder`, or the like.
+
+    A frame that cannot be read raises ValueError or OSError from `__getitem__`, naming the file.
+
+    Attributes:
+        root: the folder of its files.
+        names: of the frames in order, which are known without opening the large files.
+    """
+
+    root: Path
+    names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Frame: ...

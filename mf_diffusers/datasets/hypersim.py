@@ -19,6 +19,7 @@ picture, as in every pinhole camera, not along the axis that the scene file name
 """
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -34,7 +35,7 @@ class Hypersim(Dataset):
     library = "h5py"
     layout = "ai_VVV_NNN/images/scene_cam_XX_geometry_hdf5/frame.IIII.depth_meters.hdf5"
 
-    def __init__(self, root, split=None):
+    def __init__(self, root: str | Path, split: str | None = None):
         super().__init__(root, split)
         self._cameras = {row["scene_name"]: row for row in self._table("metadata_camera_parameters.csv")}
 
@@ -88,7 +89,7 @@ class Hypersim(Dataset):
         return Frame(name, image, depth.astype(np.float32), intrinsics.astype(np.float32))
 
 
-def tone_mapped(color, valid):
+def tone_mapped(color: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Linear light (H, W, 3) to uint8, exposed so that the 90th percentile of the brightness becomes 0.8.
 
     Args:

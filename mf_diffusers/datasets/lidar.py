@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def nearest_points(columns, rows, depth, shape):
+def nearest_points(columns: np.ndarray, rows: np.ndarray, depth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Depth map of points that fall on pixels.
 
     Args:
@@ -21,6 +21,6 @@ def nearest_points(columns, rows, depth, shape):
     return np.where(np.isinf(nearest), np.float32(0), nearest)
 
 
-def transformed(points, transform):
+def transformed(points: np.ndarray, transform: np.ndarray) -> np.ndarray:
     """Points (N, 3) by a rigid transform (4, 4)."""
     return points @ transform[:3, :3].T + transform[:3, 3]

@@ -19,16 +19,19 @@ import tarfile
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import OpenEXR
 from PIL import Image
 
 from mf_diffusers.datasets import DATASETS, Frame
+from mf_diffusers.datasets.dataset import Dataset
 from mf_diffusers.files import ESCAPED, atomic_write, sha256
 from mf_diffusers.visualization import colorize_depth, contact_sheet
 
@@ -47,15 +50,15 @@ class TooManyUnreadableError(ValueError):
 
 
 def prepare_dataset(
-    name,
-    source,
-    destination,
-    split=None,
-    max_pixels=None,
-    workers=1,
-    frames_per_shard=FRAMES_PER_SHARD,
-    on_shard=None,
-):
+    name: str,
+    source: str | Path,
+    destination: str | Path,
+    split: str | None = None,
+    max_pixels: int | None = None,
+    workers: int = 1,
+    frames_per_shard: int = FRAMES_PER_SHARD,
+    on_shard: Callable[[dict[str, Any], int], object] | None = None,
+) -> dict[str, Any]:
     """Write a data set as shards `NAME-000000.tar`, ... with a manifest, a summary and a contact sheet beside them.
 
     A shard appears whole or not at all, is read back before it counts, and comes out the same in every byte, whatever
@@ -120,7 +123,7 @@ def prepare_dataset(
     return summary
 
 
-def read_manifest(path, settings):
+def read_manifest(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The records of finished shards by file name. The first line holds the settings; it is written where missing.
 
     Raises ValueError when they are others.
@@ -138,7 +141,7 @@ def read_manifest(path, settings):
     return {record["shard"]: record for record in lines[1:]}
 
 
-def run_tasks(function, tasks, workers):
+def run_tasks(function: Callable, tasks: Iterable[tuple], workers: int) -> Iterator[Any]:
     """Results of `function(*task)` as they are finished, from as many processes."""
     if workers == 1:
         yield from (function(*task) for task in tasks)
@@ -160,12 +163,21 @@ def run_tasks(function, tasks, workers):
             pool.shutdown(cancel_futures=True)
 
 
-def end_quietly_when_interrupted():
+def end_quietly_when_interrupted() -> None:
     """For a worker: the process that waits for it speaks of an interruption, and the worker removes what it began."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit())
 
 
-def write_shard(name, source, split, path, start, names, max_pixels, record):
+def write_shard(
+    name: str,
+    source: str | Path,
+    split: str | None,
+    path: Path,
+    start: int,
+    names: list[str],
+    max_pixels: int | None,
+    record: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Write the shard of frames `names`, of which the first has the number `start`; returns its line of the manifest.
 
     A finished shard, described by `record`, stays if its checksum is right and all its frames were readable.
@@ -215,7 +227,7 @@ def write_shard(name, source, split, path, start, names, max_pixels, record):
     }
 
 
-def as_half(frame):
+def as_half(frame: Frame) -> np.ndarray:
     """The depth as float16 (H, W). Raises ValueError when it is rounded by more than the format's 1/2048."""
     with np.errstate(over="ignore"):
         stored = frame.depth.astype(np.float16)
@@ -225,7 +237,7 @@ def as_half(frame):
     return stored
 
 
-def add_frame(tar, key, frame, stored, entry):
+def add_frame(tar: tarfile.TarFile, key: str, frame: Frame, stored: np.ndarray, entry: dict[str, Any]) -> None:
     entry = {"name": frame.name, **entry}
     if frame.intrinsics is not None:
         entry["intrinsics"] = frame.intrinsics.astype(float).round(4).tolist()
@@ -244,7 +256,7 @@ def add_frame(tar, key, frame, stored, entry):
         tar.addfile(member, io.BytesIO(content))
 
 
-def read_frame(tar, key):
+def read_frame(tar: tarfile.TarFile, key: str) -> tuple[Image.Image, np.ndarray, dict[str, Any]]:
     """The picture, the depth (H, W) float16 and the JSON of a frame in an open shard."""
     with Image.open(tar.extractfile(f"{key}.jpg")) as picture:
         picture.load()
@@ -256,7 +268,7 @@ def read_frame(tar, key):
     return picture, depth, json.load(tar.extractfile(f"{key}.json"))
 
 
-def verify(path, checksums):
+def verify(path: Path, checksums: dict[str, int]) -> None:
     """Raises ValueError unless a shard has the frames whose depth has these CRC-32, by key, and can be read."""
     with tarfile.open(path) as tar:
         if tar.getnames() != [key + suffix for key in checksums for suffix in (".jpg", ".depth.exr", ".json")]:
@@ -267,7 +279,7 @@ def verify(path, checksums):
                 raise ValueError(f"{path}: frame {key} was not read back as written; is the disk full or failing?")
 
 
-def summarize(settings, dataset, records):
+def summarize(settings: dict[str, Any], dataset: Dataset, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the shards hold together, for people and for `sheet_of`."""
     total = {key: sum(record[key] for record in records) for key in (*COUNTS, *(f"frames_{key}" for key in LISTS))}
     return {
@@ -284,7 +296,7 @@ def summarize(settings, dataset, records):
     }
 
 
-def sheet_of(folder, summary):
+def sheet_of(folder: Path, summary: dict[str, Any]) -> Image.Image:
     """A contact sheet of frames spread evenly over the shards, as they are on disk."""
     rows, labels = [], []
     numbers = np.linspace(0, summary["frames"], SHEET_FRAMES, endpoint=False).astype(int)

@@ -78,7 +78,7 @@ class SensHeader:
     length: int  # bytes before the first frame
 
     @classmethod
-    def read(cls, path):
+    def read(cls, path: Path) -> "SensHeader":
         """Raises ValueError for another version or an unknown compression."""
         with path.open("rb") as file:
             version, name_length = struct.unpack("<IQ", file.read(12))
@@ -93,7 +93,7 @@ class SensHeader:
 
 
 @lru_cache(maxsize=4)
-def frame_offsets(path):
+def frame_offsets(path: Path) -> list[int]:
     """Where each frame of a .sens file begins."""
     header = SensHeader.read(path)
     offsets = [header.length]
@@ -105,7 +105,7 @@ def frame_offsets(path):
     return offsets
 
 
-def read_sens(path, number):
+def read_sens(path: Path, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frame `number` of a .sens file: uint8 (h, w, 3), depth in metres (H, W) and the 4x4 intrinsics of the depth."""
     header = SensHeader.read(path)
     with path.open("rb") as file:

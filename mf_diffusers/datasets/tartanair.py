@@ -14,6 +14,7 @@ of a left and a right rig, in version 1 with 640x480. Fisheye and panorama are r
 """
 
 import re
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -49,7 +50,7 @@ class TartanAir(Dataset):
         return Frame(name, image, depth, pinhole(width / 2, width / 2, (width - 1) / 2, (height - 1) / 2))
 
 
-def unpacked(path):
+def unpacked(path: str | Path) -> np.ndarray:
     """float32 (H, W) from the four channels of a PNG."""
     with Image.open(path) as image:
         if image.mode != "RGBA":

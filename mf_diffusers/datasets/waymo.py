@@ -23,7 +23,10 @@ the corners. A component of a segment is one long table and read as a stream: as
 """
 
 import io
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -92,7 +95,7 @@ class Rows:
     is quick, going back starts over.
     """
 
-    def __init__(self, path, component, keys):
+    def __init__(self, path: Path, component: str, keys: Sequence[str]):
         import pyarrow.parquet
 
         self._file = pyarrow.parquet.ParquetFile(path)
@@ -112,7 +115,7 @@ class Rows:
         return {name.removeprefix(self._prefix): value(batch.column(name)[0]) for name in batch.schema.names}
 
 
-def value(scalar):
+def value(scalar: Any) -> Any:
     """What a column holds in a row: an array of a list, None, or a Python value."""
     if scalar.is_valid and hasattr(scalar, "values"):
         return scalar.values.to_numpy(zero_copy_only=False)
@@ -120,13 +123,13 @@ def value(scalar):
 
 
 @lru_cache(maxsize=1)
-def open_segment(folder, segment):
+def open_segment(folder: Path, segment: str) -> dict[str, "Rows"]:
     """The `Rows` of every component."""
     return {tag: Rows(folder / tag / f"{segment}.parquet", *names) for tag, names in COMPONENTS.items()}
 
 
 @lru_cache(maxsize=1)
-def sweep(folder, segment, time):
+def sweep(folder: Path, segment: str, time: int) -> tuple[np.ndarray, np.ndarray]:
     """All points of one time: in the world (N, 3), and where they lie in pictures (N, 6)."""
     components = open_segment(folder, segment)
     vehicle_to_world = matrix(components["vehicle_pose"][time,]["world_from_vehicle.transform"])
@@ -145,12 +148,12 @@ def sweep(folder, segment, time):
     return np.concatenate(points), np.concatenate(projections)
 
 
-def image_of(row):
+def image_of(row: dict[str, Any]) -> np.ndarray:
     """The first return of a range image (H, W, C)."""
     return row["range_image_return1.values"].reshape(row["range_image_return1.shape"])
 
 
-def cartesian(returns, calibration):
+def cartesian(returns: np.ndarray, calibration: dict[str, Any]) -> np.ndarray:
     """Points (H, W, 3) in the frame of the vehicle of a range image (H, W)."""
     height, width = returns.shape
     mounting = matrix(calibration["extrinsic.transform"])
@@ -171,5 +174,5 @@ def cartesian(returns, calibration):
     return transformed(returns[..., None] * directions, mounting)
 
 
-def matrix(values):
+def matrix(values: np.ndarray) -> np.ndarray:
     return np.reshape(values, (4, 4)).astype(np.float64)

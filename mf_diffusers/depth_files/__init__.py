@@ -21,7 +21,7 @@ KEYED = (".npz", ".exr")
 """Formats that may hold several maps, of which a key picks one."""
 
 
-def read_stored(path, key=None) -> Stored:
+def read_stored(path: Path, key: str | None = None) -> Stored:
     """The numbers of a depth file as they are stored; the suffix (a key of `READERS`) decides the format.
 
     Args:

@@ -1,6 +1,7 @@
 """OpenEXR: channels with names like "Z" or "ViewLayer.Depth.Z", in one part or several."""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +22,11 @@ class Channel(NamedTuple):
     key: str
 
     @property
-    def layer(self):
+    def layer(self) -> str:
         return self.key.rpartition(".")[0]
 
     @property
-    def short_name(self):
+    def short_name(self) -> str:
         return self.name.rpartition(".")[2].lower()
 
 
@@ -37,7 +38,7 @@ class Window(NamedTuple):
     size: tuple[int, int]
 
 
-def read(path, key=None) -> Stored:
+def read(path: Path, key: str | None = None) -> Stored:
     """A channel, laid on the display window: what the data window does not cover is missing.
 
     Args:
@@ -59,7 +60,7 @@ def read(path, key=None) -> Stored:
     return Stored(_on_display(one_of_equal(np.stack(pixels, axis=-1)), data, display))
 
 
-def write(path, depth):
+def write(path: Path, depth: np.ndarray) -> None:
     """Write a depth map as the channel Z."""
     OpenEXR.File({"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, {"Z": depth}).write(str(path))
 

@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+from pathlib import Path
 
 import numpy as np
 
@@ -11,13 +12,13 @@ from mf_diffusers.depth_files.stored import Stored, check_memory
 MAGIC = b"\x93NUMPY"
 
 
-def read_npy(path, key=None) -> Stored:
+def read_npy(path: Path, key: str | None = None) -> Stored:
     """The array of a file that `numpy.save` wrote."""
     with path.open("rb") as file:
         return Stored(_read_array(file, path.stat().st_size))
 
 
-def read_npz(path, key=None) -> Stored:
+def read_npz(path: Path, key: str | None = None) -> Stored:
     """The array `key` of a file that `numpy.savez` wrote. None: "depth", or the only one."""
     with path.open("rb") as file:
         if file.read(2) != b"PK":

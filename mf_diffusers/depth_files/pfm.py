@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +16,7 @@ HEADER = re.compile(rb"P([Ff])" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})" + 
 END = re.compile(rb"(?:\s|[ \t]*\r?\n)(?:#[^\r\n]*\r?\n)*")
 
 
-def read(path, key=None) -> Stored:
+def read(path: Path, key: str | None = None) -> Stored:
     """The map, the top row first. The sign of the header's scale is the byte order; its size, by which some programs
     multiply and others do not, is no part of the values."""
     data = path.read_bytes()

@@ -1,5 +1,7 @@
 """PNG: whole levels of 8 or 16 bits, on a linear scale or on MoGe's logarithmic one."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -11,7 +13,7 @@ SCALE_KEY = "depth_scale"
 LEVELS = 65535
 
 
-def read(path, key=None) -> Stored:
+def read(path: Path, key: str | None = None) -> Stored:
     """The levels, or the depth where the text chunks `near` and `far` tell that they are logarithmic (see `log_depth`).
 
     Of several channels, which must be equal, the first; alpha is left out.
@@ -30,7 +32,7 @@ def read(path, key=None) -> Stored:
     return Stored(levels, notes.get(SCALE_KEY))
 
 
-def log_depth(levels, near, far, unit=1.0):
+def log_depth(levels: np.ndarray, near: float, far: float, unit: float = 1.0) -> np.ndarray:
     """Depth (H, W), float32, of MoGe's levels, uint16: NaN where it is missing (0), inf where it is infinite (65535).
 
     With u = (level - 1) / 65533, depth = near^(1 - u) far^u, times `unit`, which is in older files.
@@ -42,7 +44,7 @@ def log_depth(levels, near, far, unit=1.0):
     return depth.astype(np.float32)
 
 
-def write(path, depth):
+def write(path: Path, depth: np.ndarray) -> None:
     """Write a depth map, 0 where it is missing, as levels up to 65535, the size of one in the chunk "depth_scale"."""
     scale = float(depth.max()) / LEVELS or 1.0
     levels = np.empty(depth.shape, dtype=np.uint16)

@@ -28,7 +28,7 @@ class Stored:
         )
 
 
-def positive(text, what, remedy=""):
+def positive(text: str, what: str, remedy: str = "") -> float:
     """The number that a text is. Raises ValueError when it is none, or not above 0."""
     try:
         number = float(text)
@@ -39,7 +39,7 @@ def positive(text, what, remedy=""):
     return number
 
 
-def one_of_equal(channels):
+def one_of_equal(channels: np.ndarray) -> np.ndarray:
     """One map (H, W) of equal channels (H, W, C); what is to be left out, alpha for one, is not among them.
 
     Raises ValueError when they differ.
@@ -50,7 +50,7 @@ def one_of_equal(channels):
     return first
 
 
-def check_memory(shape, bytes_a_pixel):
+def check_memory(shape: tuple[int, ...], bytes_a_pixel: int) -> None:
     """Raises ValueError, before anything is decoded, when a map of this shape would not fit into free memory."""
     pixels, free = math.prod(shape), psutil.virtual_memory().available
     needed = pixels * (bytes_a_pixel + BYTES_A_PIXEL)

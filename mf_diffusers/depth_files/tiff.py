@@ -1,6 +1,7 @@
 """TIFF: levels or floats of any size, in one channel or several equal ones."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,7 @@ ORIENTATION = 274
 GDAL_NODATA = 42113
 
 
-def read(path, key=None) -> Stored:
+def read(path: Path, key: str | None = None) -> Stored:
     """The first page, upright; of several channels, which must be equal, the first; alpha is left out. Values that
     GDAL's tag calls missing are NaN, or 0 among whole numbers.
 

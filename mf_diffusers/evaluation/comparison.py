@@ -16,7 +16,9 @@ CHUNK = 500
 """Resamples drawn at a time."""
 
 
-def compare(first, second, confidence=0.95, seed=0):
+def compare(
+    first: str | Path, second: str | Path, confidence: float = 0.95, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """The metrics of two reports, and bootstrap intervals of their differences over the frames, paired.
 
     The frames are resampled `RESAMPLES` times, the same for both runs, and the interval is that of the percentiles

@@ -7,18 +7,26 @@ Inception's is FID. Where torch-fidelity is installed, its extractor is such a f
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 from scipy.linalg import qr, svdvals
 from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from mf_diffusers.alignment import align_affine_robust, align_disparity_least_squares
+from mf_diffusers.datasets.frame import Frame
 from mf_diffusers.evaluation.metrics import depth_metrics, mean_metrics
 
 
-def frechet_distance(first, second):
+if TYPE_CHECKING:
+    from mf_diffusers import ModalityForcingPipeline
+
+
+def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
     """Between two sets of features, each taken for a normal distribution (Heusel et al. 2017):
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
@@ -55,7 +63,7 @@ class VisionFeatures:
         batch_size: images at a time.
     """
 
-    def __init__(self, model, device="cpu", batch_size=32):
+    def __init__(self, model: str | Path, device: str | torch.device = "cpu", batch_size: int = 32):
         self.name, self.device, self.batch_size = str(model), device, batch_size
         self.processor = AutoImageProcessor.from_pretrained(model)
         loaded = AutoModel.from_pretrained(model)
@@ -88,7 +96,9 @@ class DepthEstimator:
     disparity: bool
 
     @classmethod
-    def from_transformers(cls, model, device="cpu", disparity=None):
+    def from_transformers(
+        cls, model: str | Path, device: str | torch.device = "cpu", disparity: bool | None = None
+    ) -> "DepthEstimator":
         """A model of transformers' depth-estimation pipeline, folder or Hub id, such as Depth Anything V2.
 
         `disparity` is read from the model's configuration where that says so ("relative" Depth Anything is disparity);
@@ -102,7 +112,7 @@ class DepthEstimator:
         return cls(lambda image: estimator(image)["predicted_depth"].float().cpu().numpy(), disparity)
 
     @classmethod
-    def from_pipeline(cls, pipe, steps=4, seed=0):
+    def from_pipeline(cls, pipe: "ModalityForcingPipeline", steps: int = 4, seed: int = 0) -> "DepthEstimator":
         """Image -> depth of a `ModalityForcingPipeline`, the same noise for every image."""
 
         def estimate(image):
@@ -112,7 +122,9 @@ class DepthEstimator:
         return cls(estimate, disparity=False)
 
 
-def depth_following(image, depth, estimator, mask=None):
+def depth_following(
+    image: Image.Image, depth: np.ndarray, estimator: DepthEstimator, mask: np.ndarray | None = None
+) -> dict[str, float]:
     """How well an image follows the depth it was made of: `depth_metrics` of its estimated depth, aligned, against it.
 
     Args:
@@ -128,7 +140,9 @@ def depth_following(image, depth, estimator, mask=None):
     return depth_metrics(align(estimate, depth, mask).apply(estimate), depth, mask)
 
 
-def joint_consistency(image, depth, estimator, mask=None):
+def joint_consistency(
+    image: Image.Image, depth: np.ndarray, estimator: DepthEstimator, mask: np.ndarray | None = None
+) -> dict[str, float]:
     """How well depth belongs to the image made with it: `depth_metrics` against the depth estimated from the image.
 
     The estimate is the truth, as MoGe-2's is in the paper, and the depth made is aligned to it robustly. An estimate of
@@ -141,7 +155,12 @@ def joint_consistency(image, depth, estimator, mask=None):
     return depth_metrics(align_affine_robust(depth, estimate, mask).apply(depth), estimate, mask)
 
 
-def depth_to_image_scores(frames, images, estimator, features):
+def depth_to_image_scores(
+    frames: Sequence[Frame],
+    images: Sequence[Image.Image],
+    estimator: DepthEstimator,
+    features: Callable[[Sequence[Image.Image]], np.ndarray],
+) -> dict[str, float]:
     """The scores of depth -> image over a data set.
 
     Args:

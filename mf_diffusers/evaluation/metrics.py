@@ -5,6 +5,8 @@ predicted and g true depth, over the pixels with true depth (finite, above 0, ma
 such pixel counts: where a prediction is missing or impossible it is an error, not a pixel less.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mf_diffusers.alignment import checked_maps
@@ -24,7 +26,9 @@ COUNTS = ("pixels", "left_out", "nonfinite", "nonpositive", "points_missing")
 """Entries of the metrics that are numbers of things: `mean_metrics` adds them up."""
 
 
-def depth_metrics(prediction, truth, mask=None, negative="error"):
+def depth_metrics(
+    prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None, negative: str = "error"
+) -> dict[str, float]:
     """The depth metrics of one image.
 
     Args:
@@ -89,7 +93,7 @@ def depth_metrics(prediction, truth, mask=None, negative="error"):
     }
 
 
-def completion_metrics(prediction, truth, mask=None):
+def completion_metrics(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> dict[str, float]:
     """What depth completion is compared by, beside the `rmse` and `abs_rel` of `depth_metrics`; depth in metres.
 
     Args:
@@ -111,7 +115,13 @@ def completion_metrics(prediction, truth, mask=None):
     return {"mae": float(np.mean(np.abs(d - g))), "irmse": float(1000 * np.sqrt(np.mean(inverse_error**2)))}
 
 
-def boundary_f1(prediction, truth, mask=None, thresholds=BOUNDARY_THRESHOLDS, per_direction=False):
+def boundary_f1(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    mask: np.ndarray | None = None,
+    thresholds: Sequence[float] | np.ndarray = BOUNDARY_THRESHOLDS,
+    per_direction: bool = False,
+) -> float:
     """Boundary F1 of Depth Pro (Bochkovskii et al. 2024): do occlusion boundaries lie where they should?
 
     Between neighbouring pixels i and j (left, right, above, below) depth d has a boundary at threshold t where
@@ -159,7 +169,13 @@ def boundary_f1(prediction, truth, mask=None, thresholds=BOUNDARY_THRESHOLDS, pe
     return float(np.average(scores, weights=thresholds))
 
 
-def point_cloud_distance(prediction, truth, intrinsics, mask=None, max_queries=100_000):
+def point_cloud_distance(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    intrinsics: np.ndarray,
+    mask: np.ndarray | None = None,
+    max_queries: int | None = 100_000,
+) -> dict[str, float]:
     """Distances between the point clouds of predicted and true depth, seen by the same camera.
 
     Args:
@@ -197,7 +213,7 @@ def point_cloud_distance(prediction, truth, intrinsics, mask=None, max_queries=1
     }
 
 
-def mean_metrics(metrics):
+def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     """The metrics of a data set: the mean over its images, each with the same weight however many pixels it has.
 
     Args:

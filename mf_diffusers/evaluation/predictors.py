@@ -1,13 +1,9 @@
-"""Where predictions come from: a model, the interpolation of known points, or depth files made by any method.
-
-A predictor is called with the frame of a protocol's view and its number, and returns the prediction, float32 (H, W),
-and what to note about it in the frame's record. It raises ValueError or OSError where there is no prediction. `facts`
-decide the predictions, and may not change within a run; `environment` is where they were made.
-"""
+"""Where predictions come from: a model, the interpolation of known points, or depth files made by any method."""
 
 import hashlib
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +11,14 @@ from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 from scipy.spatial import QhullError
 
 from mf_diffusers.alignment import align_scale
+from mf_diffusers.datasets.frame import Frame
 from mf_diffusers.depth_io import read_values
 from mf_diffusers.evaluation.views import flat_name
 from mf_diffusers.files import ESCAPED, atomic_write
+
+
+if TYPE_CHECKING:
+    from mf_diffusers import ModalityForcingPipeline
 
 
 SUFFIXES = (".npy", ".npz", ".exr", ".pfm", ".tif", ".tiff", ".png")
@@ -45,6 +46,24 @@ DISPARITY_LAYOUTS = (
 """Where the programs of other methods put the prediction of a picture, its suffix apart."""
 
 
+class Predictor(Protocol):
+    """
+    What an evaluation asks for predictions.
+
+    Called with the frame of a protocol's view and its number, it returns the prediction, float32 (H, W), and what to
+    note about it in the frame's record. It raises ValueError or OSError where there is no prediction.
+
+    Attributes:
+        facts: what decides the predictions, and may not change within a run.
+        environment: where they were made.
+    """
+
+    facts: dict[str, Any]
+    environment: dict[str, str]
+
+    def __call__(self, frame: Frame, number: int) -> tuple[np.ndarray, dict[str, Any]]: ...
+
+
 class ModelPredictor:
     """Depth by image -> depth of a pipeline, or by completion where the frame has sparse depth; noise drawn with `seed`
     plus the frame's number, whoever computes it when.
@@ -57,7 +76,16 @@ class ModelPredictor:
         fitted: do not complete sparse depth, but give image -> depth the one scale that fits it best, robustly.
     """
 
-    def __init__(self, pipe, facts, steps=None, ensemble=1, seed=0, disparity=False, fitted=False):
+    def __init__(
+        self,
+        pipe: "ModalityForcingPipeline",
+        facts: dict[str, Any],
+        steps: int | None = None,
+        ensemble: int = 1,
+        seed: int = 0,
+        disparity: bool = False,
+        fitted: bool = False,
+    ):
         steps = steps or pipe.config.default_depth_steps
         self.pipe, self.steps, self.ensemble, self.seed, self.disparity = pipe, steps, ensemble, seed, disparity
         self.fitted = fitted
@@ -74,7 +102,7 @@ class ModelPredictor:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         self.environment = {"device": f"{device.type} ({name})"}
 
-    def __call__(self, frame, number):
+    def __call__(self, frame: Frame, number: int) -> tuple[np.ndarray, dict[str, Any]]:
         seed = self.seed + number
         depth = self.pipe(
             image=frame.image,
@@ -94,7 +122,7 @@ class InterpolationPredictor:
     facts = {"method": "interpolation"}
     environment: dict[str, str] = {}
 
-    def __call__(self, frame, number):
+    def __call__(self, frame: Frame, number: int) -> tuple[np.ndarray, dict[str, Any]]:
         return interpolated(frame.sparse), {}
 
 
@@ -112,7 +140,7 @@ class FolderPredictor:
     Raises FileNotFoundError when there is no such folder.
     """
 
-    def __init__(self, folder, zero_is_value=False, disparity=False):
+    def __init__(self, folder: str | Path, zero_is_value: bool = False, disparity: bool = False):
         self.folder, self.zero_is_value, self.disparity = Path(folder), zero_is_value, disparity
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder of predictions")
@@ -123,7 +151,7 @@ class FolderPredictor:
         }
         self.environment = {}
 
-    def __call__(self, frame, number):
+    def __call__(self, frame: Frame, number: int) -> tuple[np.ndarray, dict[str, Any]]:
         file = self._file(frame.name, (*DISPARITY_LAYOUTS, *LAYOUTS) if self.disparity else LAYOUTS)
         if file is None:
             disparity = self._file(frame.name, DISPARITY_LAYOUTS)
@@ -168,7 +196,7 @@ def interpolated(sparse: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(linear), depth, linear).astype(np.float32)
 
 
-def weights_hash(pipe) -> str:
+def weights_hash(pipe: "ModalityForcingPipeline") -> str:
     """SHA-256 of the weights that make the predictions, in the dtype in which they are loaded, adapters included."""
     digest = hashlib.sha256()
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
@@ -179,7 +207,7 @@ def weights_hash(pipe) -> str:
     return digest.hexdigest()
 
 
-def save_prediction(folder, name, prediction):
+def save_prediction(folder: Path, name: str, prediction: np.ndarray) -> None:
     """Write a prediction where `FolderPredictor` finds it, exactly as it is."""
     path = Path(folder) / f"{name}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from mf_diffusers.alignment import ALIGNMENTS
 from mf_diffusers.datasets.benchmarks import DIODE, ETH3D, KITTI, MoGeLayout, NYUv2, ScanNet800
 from mf_diffusers.datasets.completion import KITTICompletion, SparseFolder
 from mf_diffusers.datasets.folder import Folder
+from mf_diffusers.datasets.frame import Frame
 from mf_diffusers.evaluation.metrics import boundary_f1, completion_metrics, depth_metrics, point_cloud_distance
 from mf_diffusers.evaluation.views import center_crop, central_square, moge_view
 from mf_diffusers.files import ESCAPED
@@ -142,7 +143,7 @@ class Protocol:
         if has_sparse and self.center_crop is not None:
             raise ValueError(f"{self.benchmark} brings its own sparse depth: evaluate it without `center_crop`.")
 
-    def view(self, frame):
+    def view(self, frame: Frame) -> tuple[Frame, dict[str, int]]:
         """The frame as the model gets it, its depth 0 where it does not count, and the number of such pixels by reason.
 
         Returns a `Frame` and a dict of ints with the keys of `LEFT_OUT`.
@@ -186,7 +187,7 @@ class Protocol:
             [np.isinf(depth), ~known, ~in_range, ~inside], [SKY, MISSING, OUT_OF_RANGE, CROPPED], default=COUNTED
         )
 
-    def align(self, prediction, truth):
+    def align(self, prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, str]:
         """The prediction as depth in metres, float64 (H, W), and what is to be said about it, or "".
 
         A prediction that cannot be aligned, such as one that is NaN everywhere, is missing everywhere: NaN.
@@ -199,7 +200,7 @@ class Protocol:
             aligned = np.clip(aligned, BENCHMARKS[self.benchmark].near, BENCHMARKS[self.benchmark].far)
         return aligned, ""
 
-    def score(self, aligned, truth, intrinsics=None):
+    def score(self, aligned: np.ndarray, truth: np.ndarray, intrinsics: np.ndarray | None = None) -> dict[str, float]:
         """The metrics of one frame: `depth_metrics`; in completion `completion_metrics` too; with `geometry`
         `boundary_f1` and `point_cloud_distance`.
 
@@ -218,7 +219,7 @@ class Protocol:
                 metrics["points_missing"] = points_missing
         return metrics
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """All that decides the numbers, for the report."""
         benchmark = asdict(BENCHMARKS[self.benchmark])
         return asdict(self) | {name: benchmark[name] for name in ("near", "far", "far_ratio", "crop", "view")}

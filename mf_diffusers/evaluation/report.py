@@ -4,6 +4,9 @@ import csv
 import math
 import platform
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -50,7 +53,9 @@ of ScanNet these are."""
 PUBLISHED_COLUMNS = ("NYUv2", "KITTI", "ETH3D", "ScanNet", "DIODE")
 
 
-def make_report(settings, records, frames, environment):
+def make_report(
+    settings: dict[str, Any], records: list[dict[str, Any]], frames: int, environment: dict[str, Any]
+) -> dict[str, Any]:
     """All that there is to say of a run, as plain data.
 
     Args:
@@ -101,7 +106,7 @@ def make_report(settings, records, frames, environment):
     }
 
 
-def write_report(output, report):
+def write_report(output: Path, report: dict[str, Any]) -> None:
     """Write `frames.csv`, one row a frame, and `report.md`."""
     columns = list(report["frames"][0]["metrics"]) if report["frames"] else []
     with atomic_write(output / "frames.csv") as temporary, temporary.open("w", newline="", **ESCAPED) as file:
@@ -115,7 +120,7 @@ def write_report(output, report):
         temporary.write_text(markdown(report), **ESCAPED)
 
 
-def markdown(report):
+def markdown(report: dict[str, Any]) -> str:
     """The page to read: the result, beside published ones where the protocol is the same, and all that was left out."""
     protocol, mean, counts = report["protocol"], report["mean"], report["counts"]
     status = counts["frames_by_status"]
@@ -167,7 +172,7 @@ def markdown(report):
     return "\n".join(lines) + "\n"
 
 
-def headline(task, mean):
+def headline(task: str, mean: dict[str, float] | None) -> dict[str, str]:
     """The metrics that a run of a task is known by, as strings by their names; empty strings where there is no mean."""
     return {
         name: f"{factor * mean[metric]:.{digits}f}" if mean else ""
@@ -175,7 +180,7 @@ def headline(task, mean):
     }
 
 
-def title(protocol):
+def title(protocol: dict[str, Any]) -> str:
     """What a run is called."""
     if protocol["task"] == "depth":
         return f"{protocol['benchmark']}, {protocol['alignment']} alignment"
@@ -184,7 +189,7 @@ def title(protocol):
     return f"{protocol['benchmark']}, completion, {given[0]}"
 
 
-def comparable(report):
+def comparable(report: dict[str, Any]) -> tuple[str, str | None]:
     """Why published results may not stand beside this run, "" when they may; and their column."""
     protocol, counts = report["protocol"], report["counts"]
     if protocol["task"] == "completion":
@@ -201,7 +206,7 @@ def comparable(report):
     return "", column
 
 
-def table(head, rows):
+def table(head: Sequence, rows: Sequence[Sequence]) -> str:
     """A Markdown table."""
     cells = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)

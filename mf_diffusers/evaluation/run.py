@@ -9,8 +9,10 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mf_diffusers.evaluation.predictors import save_prediction
-from mf_diffusers.evaluation.protocol import FAR_AWAY
+from mf_diffusers.datasets.frame import Frames
+from mf_diffusers.evaluation.predictors import Predictor, save_prediction
+from mf_diffusers.evaluation.protocol import FAR_AWAY, Protocol
 from mf_diffusers.evaluation.report import FAILED, NO_TRUTH, PICTURES, REPORT_FILES, SCORED, make_report, write_report
 from mf_diffusers.files import ESCAPED, atomic_write
 from mf_diffusers.visualization import BRIGHTEST_ERROR, PERCENTILES, colorize_depth, colorize_error, contact_sheet
@@ -34,15 +37,24 @@ PATIENCE = timedelta(days=7)
 """How long a process waits for the others at the end."""
 
 
-def evaluate(dataset, protocol, predictor, output, limit=None, save_predictions=False, overwrite=False, quiet=False):
+def evaluate(
+    dataset: Frames,
+    protocol: Protocol,
+    predictor: Predictor,
+    output: str | Path,
+    limit: int | None = None,
+    save_predictions: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any] | None:
     """Score predictions of a data set, and write the report.
 
     Started in several processes, by torchrun or accelerate, they share the frames.
 
     Args:
-        dataset: indexed by whole numbers, with `names` and `root`; yields `Frame`s.
-        protocol: a `Protocol`.
-        predictor: a `ModelPredictor` or another callable as `evaluation.predictors` describes it.
+        dataset: the frames to score.
+        protocol: what counts, and how predictions are aligned.
+        predictor: a `ModelPredictor` or another `Predictor`.
         output: the folder of the run. A run that is there already goes on; frames that failed are tried again.
         limit: only the first so many frames.
         save_predictions: keep them too, in `output/predictions`, where `FolderPredictor` finds them.
@@ -96,13 +108,15 @@ def evaluate(dataset, protocol, predictor, output, limit=None, save_predictions=
     return report
 
 
-def processes():
+def processes() -> PartialState:
     """The processes that share the run, as accelerate or torchrun started them."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
-def evaluate_frame(dataset, number, protocol, predictor):
+def evaluate_frame(
+    dataset: Frames, number: int, protocol: Protocol, predictor: Predictor
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A frame's record, and the maps it was scored by (None when it was not)."""
     name = dataset.names[number]
     record = {"number": number, "name": name, "status": SCORED, "reason": "", "warnings": []}
@@ -136,7 +150,7 @@ def evaluate_frame(dataset, number, protocol, predictor):
     return record | note | {"metrics": metrics}, {"view": view, "prediction": prediction, "aligned": aligned}
 
 
-def open_run(output, settings, overwrite):
+def open_run(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the folder of a run, and empty it of an earlier one that is not to go on."""
     output.mkdir(parents=True, exist_ok=True)
     if overwrite:
@@ -150,7 +164,7 @@ def open_run(output, settings, overwrite):
         write_json(output / RUN, settings)
 
 
-def check_run(output, settings):
+def check_run(output: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError when the run that was begun in this folder is another one."""
     begun = flat(json.loads((output / RUN).read_text(encoding="utf-8")))
     now = flat(json.loads(json.dumps(settings)))
@@ -164,7 +178,7 @@ def check_run(output, settings):
         )
 
 
-def flat(settings, prefix=""):
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, its keys joined by dots."""
     entries = {}
     for name, value in settings.items():
@@ -172,7 +186,7 @@ def flat(settings, prefix=""):
     return entries
 
 
-def read_records(output, numbers):
+def read_records(output: Path, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
     """The records that are there, by number."""
     records = {}
     for number in numbers:
@@ -182,14 +196,14 @@ def read_records(output, numbers):
     return records
 
 
-def write_json(path, content):
+def write_json(path: Path, content: Any) -> None:
     """NaN, which JSON does not have, is written as null."""
     with atomic_write(path) as temporary:
         text = json.dumps(without_nan(content), indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", **ESCAPED)
 
 
-def without_nan(content):
+def without_nan(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: without_nan(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -197,7 +211,7 @@ def without_nan(content):
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def draw(path, record, maps):
+def draw(path: Path, record: dict[str, Any], maps: dict[str, Any]) -> None:
     """Input, truth, prediction and error of a frame."""
     view, aligned = maps["view"], maps["aligned"]
     stride = max(1, max(aligned.shape) // (2 * CELL))
@@ -223,7 +237,7 @@ def draw(path, record, maps):
         sheet.save(temporary)
 
 
-def progress_bar(hidden):
+def progress_bar(hidden: bool) -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -3,25 +3,31 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
 from mf_diffusers.alignment import nearest_valid
+from mf_diffusers.datasets.frame import Frame, Frames
 from mf_diffusers.files import atomic_write
+
+
+if TYPE_CHECKING:
+    from mf_diffusers.evaluation.protocol import Protocol
 
 
 HALF_PIXEL = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
 """Between camera matrices whose whole numbers are the centres of pixels and those where they are corners."""
 
 
-def flat_name(name):
+def flat_name(name: str) -> str:
     """The name of a frame, "scene/12", as that of a file in one folder of pictures, "scene--12"."""
     return name.replace("/", "--")
 
 
-def save_views(dataset, protocol, folder, limit=None):
+def save_views(dataset: Frames, protocol: "Protocol", folder: str | Path, limit: int | None = None) -> list[str]:
     """Write the pictures of a protocol's views for any program to predict on, `scene--12.png` for the frame `scene/12`.
 
     Args:
@@ -50,7 +56,7 @@ def save_views(dataset, protocol, folder, limit=None):
     return failed
 
 
-def center_crop(frame, size):
+def center_crop(frame: Frame, size: int) -> Frame:
     """The largest centred square of a frame at size x size pixels: 256 is the protocol of the from-scratch family.
 
     The picture is resampled with antialiasing, the depth by nearest neighbour.
@@ -71,14 +77,14 @@ def center_crop(frame, size):
     )
 
 
-def central_square(shape, size):
+def central_square(shape: tuple[int, int], size: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows (size, 1) and columns (size,) that `center_crop` takes of a map of this shape."""
     side = min(shape)
     at = (2 * np.arange(size) + 1) * side // (2 * size)
     return (shape[0] - side) // 2 + at[:, None], (shape[1] - side) // 2 + at
 
 
-def moge_view(frame, width, height):
+def moge_view(frame: Frame, width: int, height: int) -> Frame:
     """The view that MoGe's evaluation makes of a frame: width x height pixels, square, looking at the picture's centre.
 
     The camera is turned so that the centre of the picture lies on its axis, and the view is the largest of that aspect

@@ -138,7 +138,9 @@ class ModalityForcingAdapterMixin(ModalityForcingLoraMixin):
             self.register_modules(depth_processor=self._before_adapter["depth_processor"])
         self._adapter_name = self._before_adapter = None
 
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name=None, **kwargs) -> None:
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: str | Path | StateDict, adapter_name: str | None = None, **kwargs
+    ) -> None:
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
         if self._adapter_name is not None:
             self.transformer.set_adapter([self._adapter_name, *self.get_active_adapters()])

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.image_processor import PipelineDepthInput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -93,7 +94,9 @@ class DepthProcessor(ConfigMixin):
             raise ValueError(f"near must lie above 0, far be finite, and 1 between them; got {near!r} and {far!r}.")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs
+    ) -> "DepthProcessor":
         """Loads the processor that `save_pretrained` wrote, from a folder or a Hub repository."""
         config, kwargs, _ = cls.load_config(
             pretrained_model_name_or_path,
@@ -104,11 +107,11 @@ class DepthProcessor(ConfigMixin):
         )
         return cls.from_config(config)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Writes `depth_processor_config.json` into `save_directory`."""
         self.save_config(save_directory, **kwargs)
 
-    def to_tensor(self, depth) -> torch.Tensor:
+    def to_tensor(self, depth: PipelineDepthInput) -> torch.Tensor:
         """
         Args:
             depth: a map or a batch of maps in any positive unit. `torch.Tensor` or `np.ndarray` of shape (H, W),
@@ -129,7 +132,7 @@ class DepthProcessor(ConfigMixin):
             logger.warning("The depth map has 8 bits, so at most 256 levels: expect visible steps in the geometry.")
         return maps.float()
 
-    def mask_to_tensor(self, mask) -> torch.Tensor:
+    def mask_to_tensor(self, mask: PipelineDepthInput) -> torch.Tensor:
         """As [`to_tensor`], for validity masks: (B, 1, H, W), bool, True where not zero."""
         return _as_batch(mask, "depth mask") != 0
 

@@ -1,10 +1,12 @@
 """Images of any mode and size to what the model takes, and the size at which to work on them."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.image_processor import PipelineImageInput
 
 from mf_diffusers.pictures import as_rgb
 
@@ -15,7 +17,7 @@ from .resampling import resample, to_unit_range
 RANGE_TOLERANCE = 1e-3
 
 
-def image_to_tensor(image) -> torch.Tensor:
+def image_to_tensor(image: PipelineImageInput) -> torch.Tensor:
     """
     Args:
         image: an image or a batch of images. `PIL.Image.Image`; `np.ndarray` of shape (H, W, 3) or (B, H, W, 3),
@@ -31,7 +33,7 @@ def image_to_tensor(image) -> torch.Tensor:
     return to_unit_range(image_to_pixels(image))
 
 
-def image_to_pixels(image) -> torch.Tensor:
+def image_to_pixels(image: PipelineImageInput) -> torch.Tensor:
     """As `image_to_tensor`, but images of 8 bits stay uint8, a quarter of the memory."""
     if isinstance(image, (list, tuple)):
         if not image:
@@ -102,7 +104,9 @@ def processing_size(height: int, width: int, pixels: int, multiple: int = 16, ru
     return tuple(round(side * scale / multiple) * multiple for side in (height, width))
 
 
-def resize(image: torch.Tensor, size: tuple[int, int], finish=None) -> torch.Tensor:
+def resize(
+    image: torch.Tensor, size: tuple[int, int], finish: Callable[[torch.Tensor, slice], torch.Tensor] | None = None
+) -> torch.Tensor:
     """
     Images at another size, bicubic and antialiased, each clamped to its own range.
 

@@ -4,12 +4,14 @@ import math
 import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import psutil
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import PipelineDepthInput, PipelineImageInput
 
 from mf_diffusers.depth_background import far_end
 
@@ -82,7 +84,9 @@ class GivenDepth:
         return bool(self.valid.all()) and not self.is_start
 
 
-def read_image(image, mask_image=None, strength: float | None = None) -> GivenImage | None:
+def read_image(
+    image: PipelineImageInput | None, mask_image: PipelineImageInput | None = None, strength: float | None = None
+) -> GivenImage | None:
     """The `image`, `mask_image` and `strength` of a call as tensors; `None` where there is no image."""
     if image is None:
         return None
@@ -100,7 +104,10 @@ def read_image(image, mask_image=None, strength: float | None = None) -> GivenIm
 
 
 def read_depth(
-    depth, depth_mask, depth_strength: float | None, depth_processor: DepthProcessor | None
+    depth: PipelineDepthInput | None,
+    depth_mask: PipelineDepthInput | None,
+    depth_strength: float | None,
+    depth_processor: DepthProcessor | None,
 ) -> GivenDepth | None:
     """The `depth`, `depth_mask` and `depth_strength` of a call as tensors; `None` where there is no depth.
 
@@ -131,7 +138,7 @@ def read_depth(
     return GivenDepth(depth, valid, is_start=depth_strength is not None)
 
 
-def mask_to_tensor(mask) -> torch.Tensor:
+def mask_to_tensor(mask: PipelineDepthInput) -> torch.Tensor:
     """
     Args:
         mask: a mask or a batch of masks, white where something is made anew. `PIL.Image.Image`; `np.ndarray` or
@@ -178,29 +185,29 @@ def check_inputs(
     has_depth: bool,
     text_channels: int,
     callback_tensors: list[str],
-    prompt,
-    prompt_embeds,
-    negative_prompt_embeds,
-    image,
-    mask_image,
-    strength,
-    depth,
-    depth_mask,
-    depth_strength,
-    height,
-    width,
-    num_inference_steps,
-    sigmas,
-    guidance_scale,
-    log2_alpha,
-    num_refinement_steps,
-    ensemble_size,
-    num_images_per_prompt,
-    generator,
-    latents,
-    depth_latents,
-    output_type,
-    callback_on_step_end_tensor_inputs,
+    prompt: Any,
+    prompt_embeds: Any,
+    negative_prompt_embeds: Any,
+    image: Any,
+    mask_image: Any,
+    strength: Any,
+    depth: Any,
+    depth_mask: Any,
+    depth_strength: Any,
+    height: Any,
+    width: Any,
+    num_inference_steps: Any,
+    sigmas: Any,
+    guidance_scale: Any,
+    log2_alpha: Any,
+    num_refinement_steps: Any,
+    ensemble_size: Any,
+    num_images_per_prompt: Any,
+    generator: Any,
+    latents: Any,
+    depth_latents: Any,
+    output_type: Any,
+    callback_on_step_end_tensor_inputs: Any,
 ) -> None:
     """Raises ValueError for the first argument of a call that is wrong or does not go with another.
 
@@ -337,7 +344,7 @@ def check_counts(
 
 
 def check_memory(
-    pipe, batch_size: int, size: tuple[int, int], output_size: tuple[int, int], device: torch.device
+    pipe: DiffusionPipeline, batch_size: int, size: tuple[int, int], output_size: tuple[int, int], device: torch.device
 ) -> None:
     """Raises ValueError where the tensors that are surely held at once are larger than the memory that is free.
 
@@ -370,7 +377,7 @@ def free_memory(device: torch.device) -> float:
     return psutil.virtual_memory().available if device.type == "cpu" else math.inf
 
 
-def check_components(pipe) -> None:
+def check_components(pipe: DiffusionPipeline) -> None:
     """Raises ValueError where the components of a pipeline do not fit one another."""
     schedulers = [pipe.scheduler]
     if pipe.has_depth:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoint_files import CheckpointFiles, EmptyWeights
 from .conversion import shorten
@@ -148,7 +148,9 @@ def fits(value: Any, hint: Any) -> bool:
     return type(value) is (origin or hint) or (hint is tuple and type(value) is list)
 
 
-def read_transformers_config(raw: dict[str, Any], cls: type[PreTrainedModel], num_weights: int, where: str):
+def read_transformers_config(
+    raw: dict[str, Any], cls: type[PreTrainedModel], num_weights: int, where: str
+) -> PretrainedConfig:
     """The config of a model of transformers, which checks types itself; errors as of `read_model`."""
     config_class = cls.config_class
     if raw.get("model_type") != config_class.model_type:

@@ -8,6 +8,7 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineDepthInput, PipelineImageInput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM, Qwen3Model, T5TokenizerFast, UMT5EncoderModel
@@ -35,7 +36,7 @@ from .model_files import check_loaded
 from .noise import shift_timestep
 from .pipeline_output import ModalityForcingPipelineOutput
 from .stream import Stream
-from .task import Task
+from .task import Levels, Task
 from .transformer_dit import ModalityForcingDiTTransformer2DModel
 from .transformer_flux2 import ModalityForcingFlux2Transformer2DModel
 from .transformer_z_image import ModalityForcingZImageTransformer2DModel
@@ -207,7 +208,13 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return prompt_embeds, self.encode_prompt("", device, batch_size // num_negative, negative_prompt_embeds)[0]
 
     def prepare_latents(
-        self, batch_size: int, height: int, width: int, device, generator, latents: torch.Tensor | None = None
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        device: torch.device | str,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """RGB noise of shape (B, C, height / 16, width / 16), drawn or given, as tokens (B, N, C) in float32."""
         channels = self.transformer.shape.token_channels
@@ -216,7 +223,13 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return latents.flatten(2).transpose(1, 2)
 
     def prepare_depth_latents(
-        self, batch_size: int, height: int, width: int, device, generator, depth_latents: torch.Tensor | None = None
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        device: torch.device | str,
+        generator: torch.Generator | list[torch.Generator] | None,
+        depth_latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Depth noise of shape (B, 1, height, width), drawn or given, as tokens (B, N, p*p) in float32."""
         shape = (batch_size, 1, height, width)
@@ -257,7 +270,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return working, input_size or asked
 
     def prepare_scheduler(
-        self, scheduler: FlowMatchEulerDiscreteScheduler, sigmas, device
+        self, scheduler: FlowMatchEulerDiscreteScheduler, sigmas: Levels, device: torch.device | str
     ) -> FlowMatchEulerDiscreteScheduler:
         """
         The scheduler set to step through `sigmas`, which it shifts, down to 0.
@@ -273,13 +286,21 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         scheduler.set_begin_index(0)
         return scheduler
 
-    def prepare_image(self, image: torch.Tensor, batch_size: int, height: int, width: int, device) -> torch.Tensor:
+    def prepare_image(
+        self, image: torch.Tensor, batch_size: int, height: int, width: int, device: torch.device | str
+    ) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1], or uint8, as clean tokens (batch_size, N, C)."""
         tokens = image_to_tokens(self.vae, resize(image, (height, width)).to(device))
         return tokens.repeat_interleave(batch_size // len(image), dim=0)
 
     def prepare_image_stream(
-        self, image: GivenImage | None, noise: torch.Tensor, height: int, width: int, sigmas, device
+        self,
+        image: GivenImage | None,
+        noise: torch.Tensor,
+        height: int,
+        width: int,
+        sigmas: Levels,
+        device: torch.device | str,
     ) -> Stream:
         """
         The image as a stream that is made: from noise, around what is known of it, or from a given start.
@@ -300,7 +321,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return Stream(noise, scheduler.sigmas, known, mask, start, scheduler)
 
     def prepare_depth(
-        self, depth: GivenDepth, batch_size: int, height: int, width: int, device
+        self, depth: GivenDepth, batch_size: int, height: int, width: int, device: torch.device | str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Given depth as clean tokens (batch_size, N, p*p), their validity of the same shape, and the scale (B,).
@@ -359,7 +380,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return Stream(noise, scheduler.sigmas, start=start, scheduler=scheduler, predicts_clean=True)
 
     def prepare_depth_of_image(
-        self, depth: GivenDepth | None, noise: torch.Tensor, height: int, width: int, sigmas
+        self, depth: GivenDepth | None, noise: torch.Tensor, height: int, width: int, sigmas: Levels
     ) -> Stream:
         """
         Depth as the stream that is made of a finished image, from noise or from a start. What is known of it in part
@@ -632,10 +653,10 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image=None,
-        depth=None,
-        mask_image=None,
-        depth_mask=None,
+        image: PipelineImageInput | None = None,
+        depth: PipelineDepthInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        depth_mask: PipelineDepthInput | None = None,
         strength: float | None = None,
         depth_strength: float | None = None,
         height: int | None = None,
@@ -877,7 +898,7 @@ class ModalityForcingPipeline(ModalityForcingLoaderMixin, ModalityForcingAdapter
         return ModalityForcingPipelineOutput(*outputs)
 
 
-def token_positions(rows: int, columns: int, device) -> dict[str, torch.Tensor]:
+def token_positions(rows: int, columns: int, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Positions of the tokens of each stream, (1, rows * columns, 4)."""
     return {
         "image": position_ids(rows=rows, columns=columns).to(device),

@@ -58,7 +58,9 @@ class Stream:
         known = add_noise(self.known, self.noise, self.levels[step])
         return known if self.mask is None else torch.where(self.mask, known, self.state)
 
-    def advance(self, prediction: torch.Tensor, step: int, generator=None) -> None:
+    def advance(
+        self, prediction: torch.Tensor, step: int, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> None:
         """
         Takes a step towards the next level; a stream that is not made stays as it is.
 

@@ -9,6 +9,10 @@ import numpy as np
 from .inputs import GivenDepth, GivenImage
 
 
+Levels = Sequence[float] | np.ndarray
+"""Noise levels of the leading stream, from the first, without the last, 0, and before the scheduler's shift."""
+
+
 @dataclass(frozen=True)
 class Task:
     r"""
@@ -20,8 +24,7 @@ class Task:
         completes_depth: Whether the later passes make the rest of a depth map that is given in part, or another version
             of it.
         depth_passes: How many later passes there are; of several, the depth is the aligned median.
-        sigmas, depth_sigmas: Noise levels of the first pass and of each of the later ones, without the last, 0, and
-            before the scheduler's shift.
+        sigmas, depth_sigmas: Noise levels of the first pass and of each of the later ones.
         num_inference_steps: Steps that the call asked for or that the checkpoint says; `strength` makes a share of
             them.
         guidance_scale: Of the first pass, or of the later ones where there is no first.
@@ -30,8 +33,8 @@ class Task:
     makes_image: bool
     completes_depth: bool
     depth_passes: int
-    sigmas: Sequence[float]
-    depth_sigmas: Sequence[float]
+    sigmas: Levels
+    depth_sigmas: Levels
     num_inference_steps: int
     guidance_scale: float
 
@@ -45,7 +48,7 @@ class Task:
         strength: float | None,
         depth_strength: float | None,
         num_inference_steps: int | None,
-        sigmas: Sequence[float] | None,
+        sigmas: Levels | None,
         guidance_scale: float | None,
         num_refinement_steps: int,
         ensemble_size: int,
@@ -81,6 +84,6 @@ def even_levels(steps: int) -> np.ndarray:
     return np.linspace(1.0, 1 / steps, steps)
 
 
-def remaining_levels(levels: Sequence[float], strength: float | None) -> Sequence[float]:
+def remaining_levels(levels: Levels, strength: float | None) -> Levels:
     """The share `strength` of the levels, the last of them; one at least. All, where it is `None`."""
     return levels if strength is None else levels[int(len(levels) - min(len(levels) * strength, len(levels))) :]

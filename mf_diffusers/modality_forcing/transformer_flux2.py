@@ -1,5 +1,6 @@
 """FLUX.2 with a depth stream: the transformer of Modality Forcing (paper, section on the FLUX.2 variant)."""
 
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -584,7 +585,7 @@ class ModalityForcingFlux2Transformer2DModel(
         save_safetensors(export_published_transformer(self.state_dict(), prefix), path)
 
 
-def depth_stream_clones(names) -> dict[str, str]:
+def depth_stream_clones(names: Iterable[str]) -> dict[str, str]:
     """Which parameter of the image stream each parameter of the depth stream is cloned from in a graft."""
     renames = {
         "double_stream_modulation_depth.": "double_stream_modulation_img.",
