@@ -230,19 +230,18 @@ class ModalityForcingFlux2Transformer2DModel(
         >>> import torch
         >>> from mf_diffusers import ModalityForcingFlux2Transformer2DModel
         >>> from mf_diffusers.embedded import EMBEDDED_MODEL
+        >>> from mf_diffusers.modality_forcing.latent_tokens import position_ids
         >>> model = ModalityForcingFlux2Transformer2DModel.from_pretrained(EMBEDDED_MODEL, subfolder="transformer")
-        >>> rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
-        >>> places = torch.stack([0 * rows, rows, columns, 0 * rows], dim=-1).view(1, 64, 4)
         >>> with torch.no_grad():
         ...     output = model(
         ...         hidden_states=torch.randn(1, 64, 32),
         ...         encoder_hidden_states=torch.randn(1, 32, 384),
         ...         timestep=torch.tensor([0.0]),  # a clean image
-        ...         img_ids=places,
-        ...         txt_ids=torch.nn.functional.pad(torch.arange(32)[None, :, None], (3, 0)),
+        ...         img_ids=position_ids(rows=8, columns=8),
+        ...         txt_ids=position_ids(length=32),
         ...         depth_hidden_states=torch.randn(1, 64, 64),
         ...         depth_timestep=torch.tensor([1.0]),  # and depth that is all noise
-        ...         depth_ids=places + torch.tensor([1, 0, 0, 0]),
+        ...         depth_ids=position_ids(time=1, rows=8, columns=8),
         ...     )
         >>> tuple(output.sample.shape), tuple(output.depth_sample.shape)
         ((1, 64, 32), (1, 64, 64))

@@ -134,6 +134,29 @@ class ModalityForcingZImageTransformer2DModel(
 
     Raises:
         ValueError: sizes that Z-Image does not have, or position axes that do not fill a head.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import ZImageTransformer2DModel
+        >>> from mf_diffusers import ModalityForcingZImageTransformer2DModel
+        >>> from mf_diffusers.modality_forcing.latent_tokens import position_ids
+        >>> base = ZImageTransformer2DModel(
+        ...     in_channels=4, dim=32, n_layers=2, n_heads=2, n_kv_heads=2, cap_feat_dim=24, axes_dims=(4, 6, 6)
+        ... )
+        >>> model = ModalityForcingZImageTransformer2DModel.from_base(base, depth_channels=16)
+        >>> with torch.no_grad():
+        ...     output = model(
+        ...         hidden_states=torch.randn(1, 6, 16),
+        ...         encoder_hidden_states=torch.randn(1, 5, 24),
+        ...         timestep=torch.tensor([0.0]),  # a clean image
+        ...         img_ids=position_ids(rows=2, columns=3),
+        ...         txt_ids=position_ids(length=5),
+        ...         depth_hidden_states=torch.randn(1, 6, 16),
+        ...         depth_timestep=torch.tensor([1.0]),  # and depth that is all noise
+        ...         depth_ids=position_ids(time=1, rows=2, columns=3),
+        ...     )
+        >>> tuple(output.sample.shape), tuple(output.depth_sample.shape)
+        ((1, 6, 16), (1, 6, 16))
     """
 
     _supports_gradient_checkpointing = True
