@@ -163,8 +163,10 @@ def post_training(config: PostTrainConfig, device: torch.device, fill: Callable 
     choose_trainable(model, config)
     base = None  # the teacher; with a LoRA it is in the model
     if config.distils and config.mode != "lora":
+        family = BACKBONES[config.architecture]
+        base_class = family.transformer_class if "depth_channels" in base_config else family.base_class
         with torch.device("meta"):
-            base = BACKBONES[config.architecture].base_class(**base_config).to(DTYPES[config.base_dtype])
+            base = base_class(**base_config).to(DTYPES[config.base_dtype])
         fill(base, device)
     fill(model, device)
     teacher = make_teacher(config, model, base, device)

@@ -200,7 +200,9 @@ def make_teacher(config: PostTrainConfig, transformer, base: torch.nn.Module, de
                 transformer.enable_adapters()
 
         return without_lora
-    teacher = partial(BACKBONES[config.architecture].call_base, base.requires_grad_(False).eval().to(device))
+    family, teacher = BACKBONES[config.architecture], base.requires_grad_(False).eval().to(device)
+    if not isinstance(base, family.transformer_class):  # else it has depth already, and is called as the model is
+        teacher = partial(family.call_base, teacher)
     return torch.autocast(device.type, torch.bfloat16)(teacher) if base.dtype == torch.bfloat16 else teacher
 
 
