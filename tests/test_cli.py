@@ -749,8 +749,11 @@ def test_folders_say_what_they_leave_aside(model, tmp_path, capfd):
     assert names("flat") == {"a", "b", "c"}
     assert f"skipped {tmp_path}/holiday/e.heic, {tmp_path}/holiday/notes.txt: their names end in none of .png" in said
     assert f"skipped {tmp_path}/holiday/more: folders are looked into with --recursive" in said
-    run("depth", tmp_path / "holiday", "-m", model, "--steps", 1, "--no-points", "-o", "deep", "--recursive")
+    (tmp_path / "holiday" / "more" / "circle").symlink_to(tmp_path / "holiday")
+    deep = ("-m", model, "--steps", 1, "--no-points", "-o", "deep", "--recursive")
+    said = run("depth", tmp_path / "holiday", *deep).stderr
     assert names("deep") == {"a", "b", "c", "d"}
+    assert f"skipped {tmp_path}/holiday/more/circle: links to folders are not followed" in said
 
 
 @pytest.mark.parametrize("exr", [False, True])

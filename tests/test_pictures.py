@@ -161,11 +161,12 @@ def test_colors_are_converted_by_their_profile(tmp_path, name, primaries, gamma)
     assert not Image.open(tmp_path / "image.png").info.get("icc_profile")
 
 
-@pytest.mark.parametrize("name", ["cmyk.jpg", "cmyk.tif"])
+@pytest.mark.parametrize("name", ["cmyk.jpg", "progressive.jpg", "cmyk.tif", "deflate.tif"])
 def test_inks_are_converted_by_their_profile(tmp_path, name):
     inks = np.array(list(INKS), dtype=np.uint8)[None].repeat(16, axis=0).repeat(16, axis=1) * 255
     picture = Image.frombytes("CMYK", inks.shape[1::-1], inks.tobytes())
-    picture.save(tmp_path / name, icc_profile=cmyk_profile(), quality=100, subsampling=0)
+    options = {"progressive.jpg": {"progressive": True}, "deflate.tif": {"compression": "tiff_adobe_deflate"}}
+    picture.save(tmp_path / name, icc_profile=cmyk_profile(), quality=100, subsampling=0, **options.get(name, {}))
     image = np.asarray(read_image(tmp_path / name))[8, 8::16]
     expected = np.array([srgb_of_lab(lab) for lab in INKS.values()])
     assert np.abs(image[1:] - expected[1:]).mean() < 3
@@ -173,10 +174,10 @@ def test_inks_are_converted_by_their_profile(tmp_path, name):
     assert np.abs(np.asarray(picture.convert("RGB"))[8, 8::16] - expected).mean() > 25
 
 
-@pytest.mark.parametrize("name", ["gray.jpg", "gray16.png", "opaque.png"])
+@pytest.mark.parametrize("name", ["gray.jpg", "gray16.png", "gray16.tif", "opaque.png"])
 def test_grays_are_converted_by_their_profile(tmp_path, name):
     levels = np.arange(256, dtype=np.uint8)[None].repeat(16, axis=0)
-    picture = Image.fromarray(levels.astype(np.uint16) * 257 if name == "gray16.png" else levels)
+    picture = Image.fromarray(levels.astype(np.uint16) * 257 if "16" in name else levels)
     if name == "opaque.png":
         picture.putalpha(255)
     picture.save(tmp_path / name, icc_profile=gray_profile(1.0), quality=100)

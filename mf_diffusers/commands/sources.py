@@ -67,8 +67,11 @@ def files_in(
     if others:
         skipped.append(f"skipped {listed(others)}: their names end in none of {', '.join(suffixes)}")
     if is_recursive:
+        links = [path for path in folders if path.is_symlink()]  # which may lead in circles
+        if links:
+            skipped.append(f"skipped {listed(links)}: links to folders are not followed")
         for path in folders:
-            if not path.is_symlink():
+            if path not in links:
                 yield from files_in(path, suffixes, of_result, is_recursive, skipped)
     elif folders:
         skipped.append(f"skipped {listed(folders)}: folders are looked into with --recursive")
