@@ -165,8 +165,10 @@ def test_colors_are_converted_by_their_profile(tmp_path, name, primaries, gamma)
 def test_inks_are_converted_by_their_profile(tmp_path, name):
     inks = np.array(list(INKS), dtype=np.uint8)[None].repeat(16, axis=0).repeat(16, axis=1) * 255
     picture = Image.frombytes("CMYK", inks.shape[1::-1], inks.tobytes())
-    options = {"progressive.jpg": {"progressive": True}, "deflate.tif": {"compression": "tiff_adobe_deflate"}}
-    picture.save(tmp_path / name, icc_profile=cmyk_profile(), quality=100, subsampling=0, **options.get(name, {}))
+    options = {"quality": 100, "subsampling": 0, "progressive": name == "progressive.jpg"}
+    if name == "deflate.tif":
+        options = {"compression": "tiff_adobe_deflate"}
+    picture.save(tmp_path / name, icc_profile=cmyk_profile(), **options)
     image = np.asarray(read_image(tmp_path / name))[8, 8::16]
     expected = np.array([srgb_of_lab(lab) for lab in INKS.values()])
     assert np.abs(image[1:] - expected[1:]).mean() < 3
