@@ -243,18 +243,28 @@ class Trajectory(io.ComfyNode):
                     max=14.0,
                     step=0.5,
                     tooltip="Above 0 the image settles first, which gives better depth (models start with 5). 0: both "
-                    "together. Below 0 depth settles first. With a sampler's denoise below 1, depth changes by more "
-                    "than the image above 0, and by less below.",
+                    "together. Below 0 depth settles first.",
+                ),
+                io.Float.Input(
+                    "depth_denoise",
+                    default=0.0,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    optional=True,
+                    tooltip="The noise level that depth starts at, before the trajectory, where the sampler's denoise "
+                    "is below 1: less changes depth less than the image. 0: the same as the image's.",
                 ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def execute(cls, model, log2_alpha) -> io.NodeOutput:
+    def execute(cls, model, log2_alpha, depth_denoise=0.0) -> io.NodeOutput:
         geometry(model)
         model = model.clone()
         model.add_object_patch("log2_alpha", log2_alpha)
+        model.add_object_patch("depth_denoise", depth_denoise or None)
         return io.NodeOutput(model)
 
 

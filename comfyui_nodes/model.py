@@ -317,11 +317,13 @@ class ModalityForcing(comfy.model_base.Flux):
     """
     The model that ComfyUI samples: two streams in one nested latent.
 
-    `log2_alpha` is the trajectory, which the node 'Modality Forcing Trajectory' patches; `sample_size` the size, in
-    pixels, that the model was made for, as `size_rule` reads it; see `processing_size`. A file of weights says nothing
-    of them: they are those of the published model.
+    `log2_alpha` is the trajectory, and `depth_denoise` the level that depth starts at where a sampler starts below 1;
+    the node 'Modality Forcing Trajectory' patches them. `sample_size` is the size, in pixels, that the model was made
+    for, as `size_rule` reads it; see `processing_size`. A file of weights says nothing of them: they are those of the
+    published model.
     """
 
+    depth_denoise = None
     log2_alpha = PUBLISHED_SETTINGS["default_log2_alpha"]
     sample_size = PUBLISHED_SETTINGS["default_sample_size"]
     size_rule = PUBLISHED_SETTINGS["default_size_rule"]

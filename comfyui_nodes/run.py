@@ -20,7 +20,7 @@ from comfy.nested_tensor import NestedTensor
 
 from mf_diffusers.modality_forcing.latent_tokens import hidden_cells
 
-from .streams import Streams
+from .streams import Streams, log2_alpha_between
 
 
 KEY = "modality_forcing"  # of the run among transformer options, and of the wrapper
@@ -179,6 +179,9 @@ def sample(
     else:  # none is added, of which ComfyUI 0.27 makes the first stream alone; what is given needs some all the same
         noise, given_noise = torch.zeros_like(latent), _noise(shapes, seed).to(latent)
     log2_alpha = guider.model_patcher.get_model_object("log2_alpha")
+    depth_denoise = guider.model_patcher.get_model_object("depth_denoise")
+    if depth_denoise is not None and sigmas[0] < 1:
+        log2_alpha += log2_alpha_between(float(sigmas[0]), depth_denoise)
     name = getattr(getattr(sampler, "sampler_function", None), "__name__", None)
     run = Run(shapes, mask, latent, given_noise, log2_alpha, float(sigmas[0]) if name in NO_FLOW else None)
     run.streams.check()

@@ -118,5 +118,10 @@ def held_at(strength: str) -> float:
     return 0.0 if log2_alpha is None else 1 / (1 + math.exp2(-log2_alpha))
 
 
+def log2_alpha_between(level: float, other: float) -> float:
+    """The log2_alpha of the trajectory that is at `other` where the image is at `level`; both lie between 0 and 1."""
+    return math.log2(other * (1 - level) / (level * (1 - other)))
+
+
 def _per_sample(values: torch.Tensor) -> torch.Tensor:
     return values.view(-1, 1, 1, 1)

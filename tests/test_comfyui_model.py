@@ -667,6 +667,22 @@ def test_no_noise_is_noise_of_the_first_stream_alone(sampling, comfy):
         assert torch.equal(one, other)
 
 
+def test_depth_has_a_denoise_of_its_own(sampling):
+    """Of a start that both streams have, where the sampler begins half way."""
+    from comfyui_nodes.latent_nodes import Trajectory
+
+    given = sampling.pipeline.depth_processor.normalize(sampling.depth)[0]
+    start = [torch.zeros_like(sampling.image_noise), given]
+    changes = []
+    for denoise in (0.0, 0.05, 0.9):
+        (model,) = Trajectory.execute(sampling.model, 0.0, denoise).result
+        depth = sampling.ours(start, model=model, sigmas=sampling.sigmas(6)[3:])[1]
+        changes.append(float((depth - given).norm()))
+    assert changes[1] < changes[0] and changes[1] < changes[2]
+    whole = [sampling.ours(model=Trajectory.execute(sampling.model, 2.0, x).result[0]) for x in (0.0, 0.5)]
+    assert torch.equal(whole[0][1], whole[1][1])  # from noise alone it has no say
+
+
 def test_what_is_held_stays_so_under_another_noise_mask(sampling):
     """'Set Latent Noise Mask' replaces the mask of a latent: of the image, while depth is held on."""
     given, valid, _ = sampling.pipeline.depth_processor.normalize(sampling.depth)

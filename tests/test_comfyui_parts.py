@@ -24,7 +24,7 @@ from comfyui_nodes.depth_sockets import (
     known_depth,
     points_from_depth,
 )
-from comfyui_nodes.streams import DEPTH_STRENGTHS, Streams, held_at
+from comfyui_nodes.streams import DEPTH_STRENGTHS, Streams, held_at, log2_alpha_between
 from mf_diffusers.modality_forcing.depth_processor import DepthProcessor
 from mf_diffusers.modality_forcing.noise import add_noise, shift_timestep, velocity_from_clean
 
@@ -115,6 +115,14 @@ def test_depth_beside_a_given_image_walks_sigma():
     image_level, depth_level = streams.levels(sigma)
     assert torch.equal(image_level, torch.zeros(2)) and torch.allclose(depth_level, sigma)
     assert torch.equal(streams.scale, torch.ones_like(sampled))
+
+
+@pytest.mark.parametrize(("level", "strength"), [(0.7, 0.3), (0.4, 0.9), (0.5, 0.5)])
+def test_depth_starts_at_a_level_of_its_own(level, strength):
+    """Before the trajectory's warp, which then follows."""
+    log2_alpha = 2.0 + log2_alpha_between(level, strength)
+    start = Streams(SHAPES, masks(), log2_alpha).levels(torch.full((2,), level))[1]
+    torch.testing.assert_close(start, shift_timestep(torch.full((2,), strength), 4.0))
 
 
 def test_samples_of_a_batch_may_differ():
