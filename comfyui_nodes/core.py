@@ -53,6 +53,27 @@ LEANS_ON = {
         "comfy.ldm.flux.layers.QKNorm": (),
         "comfy.ldm.flux.layers.apply_mod": (),
         "comfy.ldm.flux.math.attention": ("pe", "transformer_options"),
+        # The transformer: Z-Image's
+        "comfy.ldm.lumina.model.NextDiT": (
+            *("patch_size", "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads"),
+            *("multiple_of", "ffn_dim_multiplier", "norm_eps", "qk_norm", "cap_feat_dim", "axes_dims", "axes_lens"),
+            *("rope_theta", "z_image_modulation", "time_scale", "pad_tokens_multiple"),
+            *("dtype", "device", "operations"),
+        ),
+        "comfy.ldm.lumina.model.NextDiT.patchify_and_embed": ("transformer_options",),
+        "comfy.ldm.lumina.model.NextDiT.unpatchify": ("return_tensor",),
+        "comfy.ldm.lumina.model.JointTransformerBlock": (
+            *("n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "qk_norm"),
+            *("z_image_modulation", "operation_settings"),
+        ),
+        "comfy.ldm.lumina.model.JointTransformerBlock.forward": ("timestep_zero_index", "transformer_options"),
+        "comfy.ldm.lumina.model.pad_zimage": (),
+        "comfy.ldm.lumina.model.pos_ids_x": ("transformer_options",),
+        "comfy.ldm.modules.diffusionmodules.mmdit.TimestepEmbedder": ("output_size", "dtype", "device", "operations"),
+        "comfy.supported_models.ZImage": ("unet_config",),
+        "comfy.model_base.Lumina2": (),
+        "comfy.model_base.ModelType.FLOW": (),
+        "comfy.latent_formats.Flux": (),
         # The model around it
         "comfy.model_base.Flux": ("model_config", "device", "unet_model"),
         "comfy.model_base.BaseModel.extra_conds": (),

@@ -59,7 +59,8 @@ class EmptyLatent(io.ComfyNode):
         if working != (height, width):
             logging.warning(f"{height}x{width} (H x W) is no multiple of {token}: made at {working[0]}x{working[1]}.")
         samples = nested(torch.zeros(batch_size, channels, rows, columns), torch.zeros(batch_size, 1, *working))
-        return io.NodeOutput({"samples": samples, KEY: Info((height, width), working, model.model.depth_processor)})
+        info = Info((height, width), working, model.model.depth_processor, model.model.latent_format)
+        return io.NodeOutput({"samples": samples, KEY: info})
 
 
 class Encode(io.ComfyNode):
@@ -166,7 +167,7 @@ class Encode(io.ComfyNode):
             working = working_size(model, size, given[0])
             rows, columns = (side // token for side in working)
             images, depths = torch.zeros(1, channels, rows, columns), torch.zeros(1, 1, *working)
-            info = Info(given[0], working, processor)
+            info = Info(given[0], working, processor, model.model.latent_format)
         else:
             images, depths = (x.cpu() for x in streams_of(latent))
             (rows, columns), working = images.shape[-2:], tuple(depths.shape[-2:])
@@ -174,7 +175,7 @@ class Encode(io.ComfyNode):
             info.size = given[0] if given else info.size
         missing = depths == 0  # what a latent holds where depth is missing
         if image is not None:
-            images = encode_image(vae, image, working, (channels, rows, columns)).cpu()
+            images = encode_image(vae, image, working, (channels, rows, columns), model.model.latent_format).cpu()
             info.image = None if image.hidden is None else image
         if depth is not None:
             depths, valid, info.scale = processor.encode(depth.depth, depth.valid, *working)
@@ -292,7 +293,7 @@ class Decode(io.ComfyNode):
         depth, valid = info.depth_maps(depths.cpu())
         image = None
         if vae is not None:
-            image = resize(vae.decode(images).movedim(-1, 1), info.size)
+            image = resize(vae.decode(info.latent_format.to_vae(images)).movedim(-1, 1), info.size)
             image = (image if info.image is None else info.image.over(image)).movedim(1, -1)
         return io.NodeOutput(
             blocked(cls, 0, "The image is wanted, but no VAE is connected: connect the VAE of the model.")
@@ -326,8 +327,10 @@ class Split(io.ComfyNode):
         masks = latent.get("noise_mask")
         masks = masks.unbind()[:2] if masks is not None and masks.is_nested else [masks, None]
         parts = []
-        for stream, mask in zip(streams_of(latent), masks):
-            part = latent | {"samples": stream, KEY: info_of(latent), "noise_mask": mask}
+        info = info_of(latent)
+        images, depths = streams_of(latent)
+        for stream, mask in zip((info.latent_format.to_vae(images), depths), masks):
+            part = latent | {"samples": stream, KEY: info, "noise_mask": mask}
             parts.append({name: value for name, value in part.items() if value is not None})
         return io.NodeOutput(*parts)
 
@@ -362,11 +365,12 @@ class Join(io.ComfyNode):
                 f"{len(images)} images do not go with {len(depths)} depth maps: give as many, or one of either."
             )
         info = depth[KEY].for_batch(batch_size)
+        images = info.latent_format.from_vae(images)
         token = info.depth_processor.config.patch_size
         working = tuple(token * side for side in images.shape[-2:])
         if working != info.working:
             size = tuple(round(side * new / old) for side, new, old in zip(info.size, working, info.working))
-            info = Info(size, working, info.depth_processor, info.scale)
+            info = Info(size, working, info.depth_processor, info.latent_format, info.scale)
         if working != tuple(depths.shape[-2:]):
             # Between depth and where it is missing, which is 0, there is nothing.
             depths = F.interpolate(depths.float(), working, mode="bilinear" if depths.all() else "nearest-exact")

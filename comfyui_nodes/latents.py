@@ -14,7 +14,7 @@ from mf_diffusers.modality_forcing.inputs import GivenDepth, GivenImage
 from mf_diffusers.modality_forcing.latent_tokens import hidden_cells
 
 from .depth_sockets import known_depth
-from .model import ModalityForcing
+from .model import ModalityForcing, RGBDLatentFormat
 
 
 KEY = "modality_forcing"  # of `Info` in a LATENT
@@ -32,7 +32,7 @@ class Info:
     Args:
         size: (height, width) to return.
         working: (height, width) of the depth map, at which the model works.
-        depth_processor: the model's.
+        depth_processor, latent_format: the model's.
         scale: (B,) or (1,), the unit of depth that was given; `None`: relative.
         image: the image of which a part is given.
         depth: depth that is given, whole or in part.
@@ -42,6 +42,7 @@ class Info:
     size: tuple[int, int]
     working: tuple[int, int]
     depth_processor: DepthProcessor
+    latent_format: RGBDLatentFormat
     scale: torch.Tensor | None = None
     image: GivenImage | None = None
     depth: GivenDepth | None = None
@@ -79,7 +80,7 @@ class Info:
 
 def info_of(latent: dict) -> Info:
     size = tuple(streams_of(latent)[1].shape[-2:])
-    return latent.get(KEY) or Info(size, size, DepthProcessor(patch_size=1))
+    return latent.get(KEY) or Info(size, size, DepthProcessor(patch_size=1), RGBDLatentFormat())
 
 
 def streams_of(latent: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,12 +146,14 @@ def given_depth(
     return GivenDepth(depth, valid)
 
 
-def encode_image(vae, image: GivenImage, working: tuple[int, int], shape: tuple[int, int, int]) -> torch.Tensor:
+def encode_image(
+    vae, image: GivenImage, working: tuple[int, int], shape: tuple[int, int, int], latent_format: RGBDLatentFormat
+) -> torch.Tensor:
     """-> latents (B, *shape), of which nothing shows that the mask hides."""
     if vae is None:
         raise ValueError("An image is connected, but no VAE: connect the VAE of the model.")
     pixels = resize(image.pixels if image.hidden is None else image.without_hidden, working)
-    latents = vae.encode(pixels.movedim(1, -1)).float()
+    latents = latent_format.from_vae(vae.encode(pixels.movedim(1, -1)).float())
     if tuple(latents.shape[1:]) != shape:
         raise ValueError(
             f"This VAE makes latents {list(latents.shape[1:])} where the model takes {list(shape)}: connect the VAE "

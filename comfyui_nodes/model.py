@@ -303,6 +303,14 @@ class RGBDLatentFormat(comfy.latent_formats.Flux2):
         depth = 1 - F.interpolate(depth, image.shape[-2:], mode="area")  # near is bright: contracted depth is in 0..2
         return torch.cat([image, depth.expand(-1, 3, -1, -1)], dim=-1)
 
+    def from_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE makes them, as the image stream has them."""
+        return latents
+
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `from_vae`."""
+        return latents
+
     def image_picture(self, latent: torch.Tensor) -> torch.Tensor:
         """Image latents (1, C, h, w) to a coarse picture (1, 3, 2h, 2w); gray where a VAE's colours are not known."""
         cells = F.pixel_shuffle(latent, 2)
@@ -313,23 +321,23 @@ class RGBDLatentFormat(comfy.latent_formats.Flux2):
         return torch.einsum("bchw,cd->bdhw", cells, factors) + bias.view(1, 3, 1, 1)
 
 
-class ModalityForcing(comfy.model_base.Flux):
+class ModalityForcing:
     """
-    The model that ComfyUI samples: two streams in one nested latent.
+    What a model that ComfyUI samples is where its latent has two streams, beside the class of its base.
 
     `log2_alpha` is the trajectory, and `depth_denoise` the level that depth starts at where a sampler starts below 1;
     the node 'Modality Forcing Trajectory' patches them. `sample_size` is the size, in pixels, that the model was made
     for, as `size_rule` reads it; see `processing_size`. A file of weights says nothing of them: they are those of the
-    published model.
+    published model. `known_patches` and `known_replacements` are ComfyUI's kinds of patches that the transformer has a
+    place for.
     """
 
+    known_patches = frozenset({"attn1_patch", "attn1_output_patch"})
+    known_replacements = frozenset({"dit"})
     depth_denoise = None
     log2_alpha = PUBLISHED_SETTINGS["default_log2_alpha"]
     sample_size = PUBLISHED_SETTINGS["default_sample_size"]
     size_rule = PUBLISHED_SETTINGS["default_size_rule"]
-
-    def __init__(self, model_config, device=None):
-        super().__init__(model_config, device=device, unet_model=DepthFlux)
 
     @property
     def depth_processor(self):
@@ -363,7 +371,7 @@ class ModalityForcing(comfy.model_base.Flux):
                     )
 
     def encode_adm(self, **kwargs):
-        return None  # FLUX.2 has no pooled text
+        return None  # neither base has pooled text
 
     def extra_conds(self, **kwargs):
         text = kwargs.get("cross_attn")
@@ -392,6 +400,13 @@ class ModalityForcing(comfy.model_base.Flux):
         return carried if stream is None else run.streams.split(carried)[stream]
 
 
+class ModalityForcingFlux(ModalityForcing, comfy.model_base.Flux):
+    """The model on FLUX.2."""
+
+    def __init__(self, model_config, device=None):
+        super().__init__(model_config, device=device, unet_model=DepthFlux)
+
+
 class ModalityForcingConfig(comfy.supported_models.Flux2):
     """Recognises the weights of a Modality Forcing transformer, and builds the model for them."""
 
@@ -410,7 +425,7 @@ class ModalityForcingConfig(comfy.supported_models.Flux2):
         self.latent_format.spacial_downscale_ratio = math.isqrt(config["depth_channels"])
         # ComfyUI counts the N entries of a packed latent; memory goes with tokens, one of image and one of depth.
         self.memory_usage_factor *= 2 / (config["in_channels"] + config["depth_channels"])
-        return ModalityForcing(self, device=device)
+        return ModalityForcingFlux(self, device=device)
 
     def process_unet_state_dict(self, state_dict):
         state_dict = super().process_unet_state_dict(state_dict)

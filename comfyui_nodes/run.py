@@ -24,9 +24,6 @@ from .streams import Streams, log2_alpha_between
 
 
 KEY = "modality_forcing"  # of the run among transformer options, and of the wrapper
-# Of ComfyUI's kinds of patches, those that the transformer has a place for.
-PATCHES = {"attn1_patch", "attn1_output_patch"}
-REPLACEMENTS = {"dit"}
 # Samplers of ComfyUI, by their functions, that stop at the last noise level above 0, and those that have no form for
 # flows (see [`Run.as_flow`]).
 STOP_EARLY = {"dpm_fast_function", "dpm_adaptive_function"}
@@ -188,7 +185,7 @@ def sample(
 
     # 2. What is given is the run's part; of what is made, masks hold parts of the image, which is the sampler's part
     mask = torch.where(run.streams.given, 1.0, mask)
-    _prepare_options(guider.model_options, run)
+    _prepare_options(guider.model_options, run, model)
     wrappers = {}
     if name in STOP_EARLY:
         wrappers[comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE] = _finish
@@ -248,7 +245,7 @@ def _half_steps(run: Run):
     return predict
 
 
-def _prepare_options(options: dict, run: Run):
+def _prepare_options(options: dict, run: Run, model):
     """Makes the model options of one sampling ready for two streams."""
     if "sampler_cfg_function" in options:
         options["sampler_cfg_function"] = run.guide_apart(options["sampler_cfg_function"])
@@ -260,8 +257,8 @@ def _prepare_options(options: dict, run: Run):
             "LazyCache reuses what a sampler carries, in which the depth of a Modality Forcing model is small beside "
             "its noise: take EasyCache, which reuses what the model says."
         )
-    unused = {*transformer_options.get("patches", {})} - PATCHES
-    unused |= {*transformer_options.get("patches_replace", {})} - REPLACEMENTS
+    unused = {*transformer_options.get("patches", {})} - model.known_patches
+    unused |= {*transformer_options.get("patches_replace", {})} - model.known_replacements
     if unused:
         logging.warning(
             f"A Modality Forcing model has no place for what a node patches ({', '.join(sorted(unused))}): it is left "

@@ -11,7 +11,9 @@ from mf_diffusers import ModalityForcingPipeline
 
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for one another
-pytest.register_assert_rewrite("training_runs", "sharded_runs", "evaluation_runs")  # plugins that tests import from
+pytest.register_assert_rewrite(
+    "training_runs", "sharded_runs", "evaluation_runs", "comfyui_models"
+)  # plugins that tests import from
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
