@@ -51,8 +51,9 @@ def load_pipeline(folder: Path):
     parts = read_pipeline(CheckpointFiles(folder), ModalityForcingPipeline)
     if parts["transformer"].cls is not ModalityForcingFlux2Transformer2DModel:
         raise ValueError(
-            f"{folder} holds a {parts['transformer'].cls.__name__}, and ComfyUI has no such model: only those on "
-            "FLUX.2's transformer run here."
+            f"{folder} holds a {parts['transformer'].cls.__name__}, and this node opens those on FLUX.2's transformer. "
+            "One on Z-Image's runs from one file: `mf-diffusers convert FOLDER FILE.safetensors`, 'Load Diffusion "
+            "Model', and Z-Image's own text encoder and VAE."
         )
     settings = parts[""].config
     model = load_model(folder)

@@ -54,6 +54,7 @@ def load_pipeline(
     adapter: str | Path | None = None,
     lora_weight: float = 1.0,
     size: int | None = None,
+    any_base: bool = False,
 ) -> ModalityForcingPipeline:
     """The pipeline of a diffusers folder, a published folder or a Hub repository of either kind, ready to run.
 
@@ -67,6 +68,7 @@ def load_pipeline(
         adapter: file that training in "lora" mode wrote; it is merged.
         lora_weight: of `lora`.
         size: in place of the checkpoint's `default_sample_size`.
+        any_base: take an `adapter` of another base of the same sizes, of which `model` is the distilled twin.
 
     Raises FileNotFoundError when there is no such model or a file of it is missing; ValueError when it is none of ours,
     damaged, or its parts do not fit: this is found out before memory is taken.
@@ -78,7 +80,7 @@ def load_pipeline(
         lora = find_lora(lora, **hub)  # what is not there is found out before the model is loaded
     if adapter:
         read_adapter_metadata(adapter)
-    pipe = _open_pipeline(model, dtype, text_encoder is None, adapter, hub)
+    pipe = _open_pipeline(model, dtype, text_encoder is None, adapter, any_base, hub)
     if not pipe.has_depth:
         raise ValueError(f"model={model} is a text-to-image base without depth: post-train it (finetune/).")
     if pipe.text_encoder is None:
@@ -98,7 +100,7 @@ def load_pipeline(
     return pipe
 
 
-def _open_pipeline(model, dtype, own_text, adapter, hub):
+def _open_pipeline(model, dtype, own_text, adapter, any_base, hub):
     """Of a checkpoint of any kind, with the adapter merged; without a text encoder, unless it has one of its own."""
     if Path(model).is_file():
         raise ValueError(f"model={model} is a file: give the folder that holds it and the autoencoder.")
@@ -110,7 +112,7 @@ def _open_pipeline(model, dtype, own_text, adapter, hub):
         if adapter and backbone is not None:
             read_base(files, backbone, besides=absent)
             base = backbone.base_pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **absent)
-            return ModalityForcingPipeline.from_base(base, adapter=adapter)
+            return ModalityForcingPipeline.from_base(base, adapter=adapter, any_base=any_base)
         pipe = ModalityForcingPipeline.from_pretrained(folder, dtype={"vae": torch.float32, "default": dtype}, **absent)
     elif "model.safetensors" in files:
         if "vae" not in read_published(files):
@@ -122,7 +124,7 @@ def _open_pipeline(model, dtype, own_text, adapter, hub):
             "layout)."
         )
     if adapter:
-        pipe.load_adapter(adapter, merge=True)
+        pipe.load_adapter(adapter, merge=True, any_base=any_base)
     return pipe
 
 

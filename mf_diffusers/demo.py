@@ -77,7 +77,7 @@ def run_demo(
         output: the new folder; see `place_result` for what happens when there is one already.
         seed: of the first result of a task; the second has the next, and so on. Conditioning strengths share one.
         steps: Euler steps of the tasks that make images; None: the checkpoint's, as for the rest.
-        loading: `text_encoder`, `lora`, `lora_weight`, `adapter`, `offload` and `offline` of `load_pipeline`.
+        loading: `text_encoder`, `lora`, `lora_weight`, `adapter`, `any_base`, `offload`, `offline` of `load_pipeline`.
 
     Returns what metadata.json says. Raises FileNotFoundError when there is no such model.
     """

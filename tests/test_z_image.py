@@ -341,4 +341,9 @@ def test_base_and_adapter_from_the_command_lines_loader(trained, base, tmp_path)
     pipe = load_pipeline(str(tmp_path / "base"), "cpu", torch.float32, adapter=tmp_path / "adapter.safetensors")
     pipe.set_progress_bar_config(disable=True)
     assert np.abs(call(pipe, "a cat").images - call(trained, "a cat").images).max() < 1e-3
+    base.transformer = make_z_image(seed=1).transformer
+    base.transformer.save_pretrained(tmp_path / "base" / "transformer")
+    load_pipeline(str(tmp_path / "base"), "cpu", torch.float32, adapter=tmp_path / "adapter.safetensors", any_base=True)
+    with pytest.raises(ValueError, match="trained on tiny, which is not the base"):
+        load_pipeline(str(tmp_path / "base"), "cpu", torch.float32, adapter=tmp_path / "adapter.safetensors")
     assert isinstance(ZImagePipeline.from_pretrained(tmp_path / "base").text_encoder, type(base.text_encoder))

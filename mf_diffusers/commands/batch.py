@@ -125,6 +125,7 @@ class Batch:
             lora_weight=options.lora_weight,
             size=options.size,
             adapter=options.adapter,
+            any_base=options.any_base,
             offload=options.offload,
             offline=options.offline,
         )

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from mf_diffusers.commands.options import (
     Adapter,
+    AnyBase,
     Device,
     Dtype,
     Lora,
@@ -29,6 +30,7 @@ def demo(
     lora: Lora = None,
     lora_weight: LoraWeight = 1.0,
     adapter: Adapter = None,
+    any_base: AnyBase = False,
     text_encoder: TextEncoder = None,
     output: Annotated[Path, option("--output", "-o", panel="Result", help="The folder to write.")] = Path(
         "outputs/demo"
@@ -65,6 +67,7 @@ def demo(
         lora=lora,
         lora_weight=lora_weight,
         adapter=adapter,
+        any_base=any_base,
         text_encoder=text_encoder,
         offload=offload,
         offline=offline,

@@ -11,6 +11,7 @@ from mf_diffusers.alignment import ALIGNMENTS
 from mf_diffusers.commands.options import (
     FLAGS,
     Adapter,
+    AnyBase,
     Device,
     Dtype,
     Lora,
@@ -67,6 +68,7 @@ def evaluate(
     lora: Lora = None,
     lora_weight: LoraWeight = 1.0,
     adapter: Adapter = None,
+    any_base: AnyBase = False,
     text_encoder: TextEncoder = None,
     output: Annotated[Path, option("--output", "-o", panel="Result", help="Folder; a run in it goes on.")] = Path(
         "outputs/evaluation"
@@ -121,7 +123,9 @@ def evaluate(
         hush_libraries(errors_alone=quiet)
         device = str(processes().device) if device == "auto" else device
         device, dtype = device_and_dtype(device, dtype, offload)
-        pipe = load_pipeline(model, device, dtype, text_encoder, lora, offload, offline, adapter, lora_weight, size)
+        pipe = load_pipeline(
+            model, device, dtype, text_encoder, lora, offload, offline, adapter, lora_weight, size, any_base
+        )
         pipe.set_progress_bar_config(disable=True)
         facts = {
             "model": str(Path(model).resolve()) if Path(model).exists() else model,

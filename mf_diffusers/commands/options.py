@@ -61,6 +61,7 @@ FLAGS = {
     "adapter": "--adapter",
     "load_lora_weights": "--lora",
     "load_adapter": "--adapter",
+    "any_base": "--any-base",
     "text_encoder": "--text-encoder",
     "predictions": "--predictions",
     "alignment": "--alignment",
@@ -95,6 +96,9 @@ Lora = Annotated[str | None, option(help="LoRA: file, folder or Hub id, OWNER/NA
 LoraWeight = Annotated[float, option(help="Of the LoRA; 1: as it was trained.")]
 Adapter = Annotated[
     Path | None, option(help="What training in lora mode wrote, pipeline.adapter.safetensors; MODEL is then its base.")
+]
+AnyBase = Annotated[
+    bool, option("--any-base", help="MODEL is another base of the same sizes, the distilled twin of the adapter's.")
 ]
 Steps = Annotated[int | None, option(min=1, help="Euler steps; default: the model's for the task.")]
 GuidanceScale = Annotated[
@@ -150,6 +154,7 @@ class Options:
     lora: Lora = None
     lora_weight: LoraWeight = 1.0
     adapter: Adapter = None
+    any_base: AnyBase = False
     text_encoder: TextEncoder = None
     output: Output = Path("outputs")
     overwrite: Overwrite = False
