@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import max_error
+from tiny import make_pipeline, max_error
 
 from mf_diffusers.modality_forcing.latent_tokens import position_ids
 from mf_diffusers.modality_forcing.noise import velocity_from_clean
@@ -32,6 +32,13 @@ def comfy():
     model.register()
     z_image.register()
     return comfy
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = make_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def call_library(transformer, image, depth, levels, context):

@@ -21,7 +21,7 @@ from comfyui_models import (
 from diffusers import AutoencoderKLFlux2
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TRANSFORMER, make_pipeline, max_error, randomize
+from tiny import TINY_TRANSFORMER, max_error, randomize
 
 from comfyui_nodes.streams import DEPTH_STRENGTHS, held_at
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel
@@ -39,13 +39,6 @@ if not COMFYUI:
     pytest.skip("needs ComfyUI: set COMFYUI_PATH, and run in its Python environment", allow_module_level=True)
 pytestmark = pytest.mark.comfyui
 pytest_plugins = ["comfyui_models"]
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    pipeline = make_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

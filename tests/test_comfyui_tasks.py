@@ -11,12 +11,11 @@ if not os.environ.get("COMFYUI_PATH"):
     pytest.skip("needs ComfyUI: set COMFYUI_PATH, and run in its Python environment", allow_module_level=True)
 pytestmark = pytest.mark.comfyui
 
-import test_comfyui_model as base  # noqa: E402
+from comfyui_models import HEIGHT, TOKEN, WIDTH, Sampling  # noqa: E402
 from tiny import close_depth, max_error  # noqa: E402
 
 
-HEIGHT, WIDTH = base.HEIGHT, base.WIDTH
-comfy, pipeline = base.comfy, base.pipeline  # fixtures
+pytest_plugins = ["comfyui_models"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def loaded(comfy, pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampling(comfy, loaded, pipeline):
-    return base.Sampling(comfy, loaded.model, pipeline)
+    return Sampling(comfy, loaded.model, pipeline)
 
 
 @pytest.fixture
@@ -219,7 +218,7 @@ def test_a_larger_pass(loaded, sampling, scene):
     image, depth = (LatentUpscaleBy().upscale(part, "bilinear", 1.5)[0] for part in split(latent))
     latent = join(image, depth)
     rows, columns = image["samples"].shape[-2:]
-    size = base.TOKEN * rows, base.TOKEN * columns  # depth takes that of the image, where it was rounded
+    size = TOKEN * rows, TOKEN * columns  # depth takes that of the image, where it was rounded
     assert [tuple(x.shape[-2:]) for x in latent["samples"].unbind()] == [(rows, columns), size]
     latent, _ = sample(sampling, latent, sigmas=sampling.sigmas(6)[3:])
     made, depth, valid = decode(loaded, latent)

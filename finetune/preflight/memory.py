@@ -11,7 +11,8 @@ and the modulated input (3 D), queries and keys before their norm (2 D), the fou
 gates multiply, the second norm or the fused projection (3 D), and five times m D in the gated MLP: (12 + 5 m) D values.
 With gradient checkpointing it is D values for each block, and one block in full. The formula counts every product's
 input, though frozen weights do not need theirs, every value in the compute dtype, though norms keep float32, and
-grouped keys and values as wide as the queries that share them.
+grouped keys and values as wide as the queries that share them. Where a family keeps norms and rotations in float32
+anyhow (`TransformerShape.float32_values`), what that takes beyond the compute dtype is counted besides.
 
 Processes that share a model in shards (training/sharding.py) divide weights, gradients, optimiser and averages. Whole
 are the weights that are in use, the teacher, and while micro batches accumulate the gradients, which are exchanged at
@@ -62,15 +63,17 @@ def size_in_bytes(parameters) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def activation_bytes(stacks: list[Stack], config: TrainerConfig) -> int:
+def activation_bytes(stacks: list[Stack], config: TrainerConfig, float32_values: float = 0) -> int:
     """What autograd keeps of a micro batch; see above."""
+    itemsize = DTYPES[config.mixed_precision].itemsize
+    in_float32 = float32_values * (4 - itemsize) / itemsize
     inputs = [blocks * tokens * width for blocks, tokens, width, _ in stacks]
-    per_block = [(12 + 5 * ratio) * tokens * width for _, tokens, width, ratio in stacks]
+    per_block = [(12 + 5 * ratio + in_float32) * tokens * width for _, tokens, width, ratio in stacks]
     if config.gradient_checkpointing:
         values = sum(inputs) + max(per_block)
     else:
         values = sum(blocks * whole for (blocks, *_), whole in zip(stacks, per_block))
-    return int(values) * config.micro_batch_size * DTYPES[config.mixed_precision].itemsize
+    return int(values) * config.micro_batch_size * itemsize
 
 
 def gathered_values(model: torch.nn.Module) -> int:
@@ -91,6 +94,7 @@ def memory(
     teacher_bytes: int = 0,
     text_encoder_bytes: int = 0,
     launch: Launch = ALONE,
+    float32_values: float = 0,
 ) -> dict[str, int]:
     """Bytes on the device in a training step, by what they are for."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -108,7 +112,7 @@ def memory(
         "averaged weights (EMA), float32": 4 * trained // parts if config.ema_decay else 0,
         "bf16 copies of the float32 weights": 2 * in_float32 if config.mixed_precision == "bf16" else 0,
         "teacher (self-distillation)": teacher_bytes,
-        f"activations, {checkpointing} gradient checkpointing": activation_bytes(stacks, config),
+        f"activations, {checkpointing} gradient checkpointing": activation_bytes(stacks, config, float32_values),
     }
     if text_encoder_bytes:
         needs["frozen text encoder, there without a cache"] = text_encoder_bytes
@@ -137,7 +141,8 @@ def post_training_memory(config, model, text_encoder: int, launch: Launch = ALON
     of_base = (p for name, p in model.named_parameters() if "lora_" not in name and not model.is_depth_parameter(name))
     base = sum(p.numel() for p in of_base)
     teacher = base * DTYPES[config.base_dtype].itemsize if config.distils and config.mode != "lora" else 0
-    return memory(model, config.trainer, stacks, teacher, text_encoder * DTYPES[config.base_dtype].itemsize, launch)
+    text_encoder_bytes = text_encoder * DTYPES[config.base_dtype].itemsize
+    return memory(model, config.trainer, stacks, teacher, text_encoder_bytes, launch, shape.float32_values)
 
 
 def pretraining_memory(config, model, token_size: int, text_encoder: int, launch: Launch = ALONE) -> dict[str, int]:
@@ -151,7 +156,7 @@ def pretraining_memory(config, model, token_size: int, text_encoder: int, launch
         mlp_width = getattr(text, BACKBONES[config.architecture].text_mlp_width)
         stacks.append((text.num_hidden_layers, length, text.hidden_size, mlp_width / text.hidden_size))
     text_encoder_bytes = text_encoder * DTYPES[config.trainer.mixed_precision].itemsize
-    return memory(model, config.trainer, stacks, text_encoder_bytes=text_encoder_bytes, launch=launch)
+    return memory(model, config.trainer, stacks, 0, text_encoder_bytes, launch, shape.float32_values)
 
 
 def available_bytes(config: TrainerConfig) -> int:

@@ -45,6 +45,8 @@ class TransformerShape:
         mlp_ratio: width of their MLPs over that of a token.
         token_channels: values of an RGB token that goes in.
         text_channels: width of the text features.
+        float32_values: values for each of a token's that a block keeps in float32 for the backward pass, whatever it
+            computes in.
     """
 
     width: int
@@ -52,6 +54,7 @@ class TransformerShape:
     mlp_ratio: float
     token_channels: int
     text_channels: int
+    float32_values: float = 0
 
 
 def timestep_sinusoids(timestep: torch.Tensor, channels: int) -> torch.Tensor:

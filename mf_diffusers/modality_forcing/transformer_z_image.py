@@ -371,6 +371,7 @@ class ModalityForcingZImageTransformer2DModel(
             mlp_ratio=8 / 3,
             token_channels=4 * config["in_channels"],
             text_channels=config["cap_feat_dim"],
+            float32_values=20,  # measured: its norms and rotations, with the modulation of each token
         )
 
     def depth_outputs(self) -> list[nn.Module]:
