@@ -51,8 +51,8 @@ class PretrainConfig:
     Args:
         architecture: "flux2" or "z_image", with a Qwen3 text encoder, or "dit", the from-scratch family, with a UMT5
             encoder.
-        vae: folder of a trained `AutoencoderKLFlux2`, or for "z_image" an `AutoencoderKL`; or a pipeline, folder or Hub
-            repository, that has one.
+        vae: folder of a trained `AutoencoderKLFlux2`; or a pipeline, folder or Hub repository, that has one. "z_image"
+            has an `AutoencoderKL`, which is made of one, see `plain_autoencoder`.
         transformer: constructor arguments of the architecture's transformer in diffusers, or of
             `ModalityForcingDiTTransformer2DModel`.
         text_encoder: arguments of `Qwen3Config` or `UMT5Config`, of a text encoder that trains along; or null. It has
@@ -101,17 +101,36 @@ def check(config: PretrainConfig) -> None:
     check_names("text_encoder", config.text_encoder or {}, known)
 
 
+def plain_autoencoder(vae: AutoencoderKLFlux2) -> AutoencoderKL:
+    """The same layers with one mean and one standard deviation of all latents, as Z-Image's autoencoder has them, in
+    place of those of each channel of a cell."""
+    mean, variance = vae.bn.running_mean, vae.bn.running_var + vae.config.batch_norm_eps
+    shift = mean.mean()
+    known = arguments_of(AutoencoderKL) - {"scaling_factor", "shift_factor"}
+    plain = AutoencoderKL(
+        **{name: value for name, value in vae.config.items() if name in known},
+        shift_factor=shift.item(),
+        scaling_factor=(variance + (mean - shift) ** 2).mean().rsqrt().item(),
+    )
+    plain.load_state_dict({name: w for name, w in vae.state_dict().items() if not name.startswith("bn.")})
+    return plain
+
+
 def open_vae(config: PretrainConfig) -> AutoencoderKLFlux2 | AutoencoderKL:
     """See `PretrainConfig.vae`."""
-    vae, cls = config.vae, BACKBONES[config.architecture].autoencoder_class
-    subfolder = None if (Path(vae) / "config.json").is_file() else "vae"
+    path, cls = config.vae, BACKBONES[config.architecture].autoencoder_class
+    subfolder = None if (Path(path) / "config.json").is_file() else "vae"
     try:
-        found = cls.load_config(vae, subfolder=subfolder)["_class_name"]
-        if found != cls.__name__:
-            raise SystemExit(f"error: the VAE at {vae} is of class {found}: {config.architecture} needs {cls.__name__}")
-        return cls.from_pretrained(vae, subfolder=subfolder).requires_grad_(False).eval()
+        found = cls.load_config(path, subfolder=subfolder)["_class_name"]
+        if (found, cls) == (AutoencoderKLFlux2.__name__, AutoencoderKL):
+            vae = plain_autoencoder(AutoencoderKLFlux2.from_pretrained(path, subfolder=subfolder))
+        elif found == cls.__name__:
+            vae = cls.from_pretrained(path, subfolder=subfolder)
+        else:
+            raise SystemExit(f"error: the VAE at {path} is a {found}: architecture={config.architecture} has another")
     except OSError as error:
-        raise SystemExit(f"error: no VAE at {vae}: {error}") from error
+        raise SystemExit(f"error: no VAE at {path}: {error}") from error
+    return vae.requires_grad_(False).eval()
 
 
 def open_text_encoder(config: PretrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import load_file
+from tiny import make_pipeline
 from tiny_z_image import TINY_Z_IMAGE, graft, make_inputs, make_z_image
 from training_runs import SCENES, run, settings, weights
 
@@ -13,6 +14,7 @@ from finetune.data.cache import CacheConfig
 from finetune.post_train import PostTrainConfig, make_teacher
 from mf_diffusers import DepthProcessor, ModalityForcingPipeline, ModalityForcingZImageTransformer2DModel
 from mf_diffusers.modality_forcing.backbones import BACKBONES
+from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 
 
@@ -96,8 +98,21 @@ def test_mode_lora_leaves_an_adapter_for_the_base(base, tmp_path, monkeypatch):
     assert np.allclose(*depths, rtol=1e-3)
 
 
+def test_a_plain_autoencoder_has_the_same_pictures():
+    vae = make_pipeline().vae
+    plain, image = pretrain.plain_autoencoder(vae).eval(), torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        latents = [tokens_to_latents(one, image_to_tokens(one, image), 8, 8) for one in (vae, plain)]
+        assert torch.allclose(*latents, atol=1e-4)
+        assert torch.allclose(*(decode_latents(one, latents[0]) for one in (vae, plain)), atol=1e-5)
+        # Noise of the whitened latents' statistics has mean 0 and spread 1 by the plain ones, too.
+        noise = tokens_to_latents(vae, torch.randn(64, 64, 16, generator=torch.Generator().manual_seed(0)), 8, 8)
+        noise = (noise - plain.config.shift_factor) * plain.config.scaling_factor
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
 def test_a_base_is_pretrained_and_post_trained(tmp_path, monkeypatch):
-    make_z_image().vae.save_pretrained(tmp_path / "vae")
+    make_pipeline().vae.save_pretrained(tmp_path / "vae")  # FLUX.2's kind, of which one of Z-Image's is made
     arguments = [
         "architecture=z_image",
         f"vae={tmp_path / 'vae'}",
