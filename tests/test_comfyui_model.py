@@ -275,7 +275,7 @@ def test_a_pipelines_settings_are_the_models(comfy, pipeline, tmp_path):
 
 
 def test_size_is_read_by_the_models_rule(model, monkeypatch):
-    from comfyui_nodes.nodes import Encode
+    from comfyui_nodes.latent_nodes import Encode
 
     def encoded():
         latent = Encode.execute(model, "depth", "rigid", False, 32, depth=torch.ones(1, 38, 50, 3)).result[0]
