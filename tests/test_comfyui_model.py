@@ -21,7 +21,7 @@ from comfyui_models import (
 from diffusers import AutoencoderKLFlux2
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TRANSFORMER, max_error, randomize
+from tiny import TINY_TRANSFORMER, make_pipeline, max_error, randomize
 
 from comfyui_nodes.streams import DEPTH_STRENGTHS, held_at
 from mf_diffusers import DepthProcessor, ModalityForcingFlux2Transformer2DModel
