@@ -160,6 +160,12 @@ class DepthStreamMixin:
 
     _depth_modules: frozenset[str]
 
+    def _run_block(self, block: nn.Module, *inputs) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """What a block makes of its inputs; with gradient checkpointing, anew in the backward pass."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
     def is_depth_parameter(self, name: str) -> bool:
         """Whether the parameter of this name was added by depth, to the transformer or to a LoRA on it."""
         return not self._depth_modules.isdisjoint(name.split("."))

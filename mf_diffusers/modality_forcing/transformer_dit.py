@@ -351,18 +351,7 @@ class ModalityForcingDiTTransformer2DModel(
 
         # 3. Trunk over [text, image, depth]
         for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, scale, gate, rotary_emb, joint_attention_kwargs
-                )
-            else:
-                hidden_states = block(
-                    hidden_states=hidden_states,
-                    scale=scale,
-                    gate=gate,
-                    image_rotary_emb=rotary_emb,
-                    joint_attention_kwargs=joint_attention_kwargs,
-                )
+            hidden_states = self._run_block(block, hidden_states, scale, gate, rotary_emb, joint_attention_kwargs)
         _, hidden_states, depth = hidden_states.split([text_length, image_length, depth_length], dim=1)
 
         # 4. Clean latents, and the velocity that belongs to them
@@ -376,18 +365,7 @@ class ModalityForcingDiTTransformer2DModel(
             scale = 1 + scale
             depth_rotary_emb = tuple(emb[-depth_length:] for emb in rotary_emb)
             for block in self.depth_decoder_blocks:
-                if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    depth = self._gradient_checkpointing_func(
-                        block, depth, scale, gate, depth_rotary_emb, joint_attention_kwargs
-                    )
-                else:
-                    depth = block(
-                        hidden_states=depth,
-                        scale=scale,
-                        gate=gate,
-                        image_rotary_emb=depth_rotary_emb,
-                        joint_attention_kwargs=joint_attention_kwargs,
-                    )
+                depth = self._run_block(block, depth, scale, gate, depth_rotary_emb, joint_attention_kwargs)
             depth_sample = self.depth_head(depth, depth_temb)
 
         if not return_dict:

@@ -435,45 +435,24 @@ class ModalityForcingFlux2Transformer2DModel(
 
         # 3. Double-stream blocks: hidden_states is [image, depth]
         for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                encoder_hidden_states, hidden_states = self._gradient_checkpointing_func(
-                    block,
-                    hidden_states,
-                    encoder_hidden_states,
-                    double_stream_mod_img,
-                    double_stream_mod_txt,
-                    rotary_emb,
-                    joint_attention_kwargs,
-                    double_stream_mod_depth,
-                    depth_length,
-                )
-            else:
-                encoder_hidden_states, hidden_states = block(
-                    hidden_states=hidden_states,
-                    encoder_hidden_states=encoder_hidden_states,
-                    temb_mod_img=double_stream_mod_img,
-                    temb_mod_txt=double_stream_mod_txt,
-                    image_rotary_emb=rotary_emb,
-                    joint_attention_kwargs=joint_attention_kwargs,
-                    temb_mod_depth=double_stream_mod_depth,
-                    depth_length=depth_length,
-                )
+            encoder_hidden_states, hidden_states = self._run_block(
+                block,
+                hidden_states,
+                encoder_hidden_states,
+                double_stream_mod_img,
+                double_stream_mod_txt,
+                rotary_emb,
+                joint_attention_kwargs,
+                double_stream_mod_depth,
+                depth_length,
+            )
 
         # 4. Single-stream blocks over [text, image, depth]
         hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         for block in self.single_transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, None, single_stream_mod, rotary_emb, joint_attention_kwargs
-                )
-            else:
-                hidden_states = block(
-                    hidden_states=hidden_states,
-                    encoder_hidden_states=None,
-                    temb_mod=single_stream_mod,
-                    image_rotary_emb=rotary_emb,
-                    joint_attention_kwargs=joint_attention_kwargs,
-                )
+            hidden_states = self._run_block(
+                block, hidden_states, None, single_stream_mod, rotary_emb, joint_attention_kwargs
+            )
         _, hidden_states, depth = hidden_states.split([text_length, image_length, depth_length], dim=1)
 
         # 5. RGB velocity
@@ -485,18 +464,7 @@ class ModalityForcingFlux2Transformer2DModel(
             depth_decoder_mod = self.depth_decoder_modulation(depth_temb)
             depth_rotary_emb = tuple(emb[-depth_length:] for emb in rotary_emb)
             for block in self.depth_decoder_blocks:
-                if torch.is_grad_enabled() and self.gradient_checkpointing:
-                    depth = self._gradient_checkpointing_func(
-                        block, depth, None, depth_decoder_mod, depth_rotary_emb, joint_attention_kwargs
-                    )
-                else:
-                    depth = block(
-                        hidden_states=depth,
-                        encoder_hidden_states=None,
-                        temb_mod=depth_decoder_mod,
-                        image_rotary_emb=depth_rotary_emb,
-                        joint_attention_kwargs=joint_attention_kwargs,
-                    )
+                depth = self._run_block(block, depth, None, depth_decoder_mod, depth_rotary_emb, joint_attention_kwargs)
             depth_sample = self.depth_head(depth, depth_temb)
 
         if not return_dict:

@@ -352,10 +352,7 @@ class ModalityForcingZImageTransformer2DModel(
 
     def _run(self, blocks: nn.ModuleList, hidden_states: torch.Tensor, *args) -> torch.Tensor:
         for block in blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *args)
-            else:
-                hidden_states = block(hidden_states, *args)
+            hidden_states = self._run_block(block, hidden_states, *args)
         return hidden_states
 
     def _rotary_emb(self, ids: torch.Tensor) -> torch.Tensor:
