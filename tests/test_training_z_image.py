@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import load_file
-from tiny import make_pipeline
-from tiny_z_image import TINY_Z_IMAGE, graft, make_inputs, make_z_image
+from tiny import make_pipeline, transformer_inputs
+from tiny_z_image import TINY_Z_IMAGE, graft, make_z_image
 from training_runs import SCENES, run, settings, weights
 
 from finetune import post_train, pretrain
@@ -33,7 +33,7 @@ def base(tmp_path_factory):
 def test_the_base_itself_is_called_as_the_graft_is():
     """For a teacher, and where it is pre-trained: rows and columns, sign and time, prompts without their padding."""
     pipe = graft(make_z_image())
-    base, inputs = make_z_image().transformer, make_inputs(depth=False)
+    base, inputs = make_z_image().transformer, transformer_inputs(16, depth=False)
     inputs["encoder_hidden_states"][0, 3:] = 0
     with torch.no_grad():
         (velocity,) = BACKBONES["z_image"].call_base(base, **inputs, return_dict=False)

@@ -4,13 +4,13 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, MagCacheConfig, TaylorSeerCacheConfig
-from diffusers.hooks import apply_group_offloading
+from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -19,9 +19,12 @@ from tiny import (
     TINY_DEPTH_DIT,
     TINY_DIT,
     TINY_T5,
+    close,
     close_depth,
     make_dit_pipeline,
+    predict,
     randomize,
+    transformer_inputs,
 )
 from transformers import T5Config, T5EncoderModel
 
@@ -32,6 +35,9 @@ from mf_diffusers.modality_forcing.noise import MIN_TIMESTEP, add_noise
 from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
 
 
+make_inputs = partial(transformer_inputs, 24)
+
+
 CONFIGS = Path(__file__).parents[1] / "finetune" / "configs"
 IMAGE = np.random.default_rng(0).random((40, 72, 3), dtype=np.float32)
 DEPTH = 1 + np.random.default_rng(1).random((40, 72), dtype=np.float32)
@@ -39,32 +45,6 @@ DEPTH = 1 + np.random.default_rng(1).random((40, 72), dtype=np.float32)
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def make_inputs(depth: bool = True, batch_size: int = 2) -> dict:
-    generator = seeded(1)
-    inputs = {
-        "hidden_states": torch.randn(batch_size, 6, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch_size, 5, 24, generator=generator),
-        "timestep": torch.rand(batch_size, generator=generator),
-        "img_ids": position_ids(rows=2, columns=3),
-        "txt_ids": position_ids(length=5),
-    }
-    if depth:
-        inputs["depth_hidden_states"] = torch.randn(batch_size, 6, 16, generator=generator)
-        inputs["depth_timestep"] = torch.rand(batch_size, generator=generator)
-        inputs["depth_ids"] = position_ids(time=1, rows=2, columns=3)
-    return inputs
-
-
-def run(model, inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-    with torch.no_grad():
-        output = model(**inputs)
-    return output.sample, output.depth_sample
-
-
-def close(a, b, **tolerance) -> bool:
-    return all(torch.allclose(x, y, **tolerance) for x, y in zip(a, b))
 
 
 @pytest.fixture
@@ -132,8 +112,8 @@ def graft(base, **kwargs):
 
 
 def test_without_depth_a_graft_is_its_base(base):
-    expected, _ = run(base, make_inputs(depth=False))
-    sample, depth_sample = run(graft(base), make_inputs(depth=False))
+    expected, _ = predict(base, make_inputs(depth=False))
+    sample, depth_sample = predict(graft(base), make_inputs(depth=False))
     assert torch.equal(sample, expected) and depth_sample is None
 
 
@@ -162,9 +142,9 @@ def test_graft_starts_at_zero_depth_and_undisturbed_mixing(base):
     """With depth tokens RGB changes, but only by attending to them: not by the mixers, nor by the depth level in RGB's
     modulation."""
     model, inputs = graft(base), make_inputs()
-    sample, depth_sample = run(model, inputs)
+    sample, depth_sample = predict(model, inputs)
     assert not depth_sample.any()
-    assert not torch.equal(sample, run(base, make_inputs(depth=False))[0])
+    assert not torch.equal(sample, predict(base, make_inputs(depth=False))[0])
     temb = torch.randn(2, 16)
     mixed, _ = model.depth_time_embed(temb, inputs["timestep"], inputs["depth_timestep"])
     assert torch.equal(mixed, temb)
@@ -173,7 +153,7 @@ def test_graft_starts_at_zero_depth_and_undisturbed_mixing(base):
     visible[:11, 11:] = False
     inputs["joint_attention_kwargs"] = {"attention_mask": visible}
     model.depth_decoder_blocks = torch.nn.ModuleList()
-    assert torch.allclose(run(model, inputs)[0], run(base, make_inputs(depth=False))[0], atol=1e-6)
+    assert torch.allclose(predict(model, inputs)[0], predict(base, make_inputs(depth=False))[0], atol=1e-6)
 
 
 def test_a_graft_is_no_base(model):
@@ -185,7 +165,7 @@ def test_an_untrained_base_predicts_the_mean():
     """x0 = 0 at the start, whatever goes in, so the velocity is z / t."""
     base, inputs = ModalityForcingDiTTransformer2DModel(**TINY_DIT), make_inputs(depth=False)
     expected = inputs["hidden_states"] / inputs["timestep"].clamp(min=MIN_TIMESTEP)[:, None, None]
-    assert torch.equal(run(base, inputs)[0], expected)
+    assert torch.equal(predict(base, inputs)[0], expected)
 
 
 def test_gradients_reach_every_weight(base):
@@ -203,11 +183,11 @@ def test_x_prediction(model):
     clean = []
     model.proj_out.register_forward_hook(lambda _, __, output: clean.append(output))
     inputs = make_inputs() | {"timestep": torch.tensor([0.8, 0.01])}
-    sample, _ = run(model, inputs)
+    sample, _ = predict(model, inputs)
     expected = (inputs["hidden_states"] - clean[0]) / torch.tensor([0.8, 0.05])[:, None, None]
     assert torch.allclose(sample, expected, atol=1e-6)
     half = {n: x.bfloat16() if x.is_floating_point() and "timestep" not in n else x for n, x in inputs.items()}
-    sample, depth_sample = run(model.to(torch.bfloat16), half)
+    sample, depth_sample = predict(model.to(torch.bfloat16), half)
     assert clean[1].dtype == torch.bfloat16 and sample.dtype == depth_sample.dtype == torch.float32
     expected = (half["hidden_states"].float() - clean[1].float()) / torch.tensor([0.8, 0.05])[:, None, None]
     assert torch.allclose(sample, expected, atol=1e-6)
@@ -215,37 +195,26 @@ def test_x_prediction(model):
 
 def test_modalities_hear_each_other_and_their_levels(model):
     inputs = make_inputs()
-    sample, depth_sample = run(model, inputs)
+    sample, depth_sample = predict(model, inputs)
     for name in ("hidden_states", "timestep", "depth_hidden_states", "depth_timestep", "encoder_hidden_states"):
-        other_sample, other_depth = run(model, inputs | {name: inputs[name] * 0.5})
+        other_sample, other_depth = predict(model, inputs | {name: inputs[name] * 0.5})
         changed = name == "encoder_hidden_states"  # normalised on the way in: its direction counts, not its length
         assert torch.allclose(other_sample, sample, atol=1e-5) == changed, name
         assert torch.allclose(other_depth, depth_sample, atol=1e-5) == changed, name
     text = inputs["encoder_hidden_states"].flip(-1)
-    assert not close(run(model, inputs | {"encoder_hidden_states": text}), (sample, depth_sample))
+    assert not close(predict(model, inputs | {"encoder_hidden_states": text}), (sample, depth_sample))
 
 
 def test_text_positions_and_padding(model):
     """Text is a sequence, and zeros where it is padded are tokens that carry nothing in."""
     inputs = make_inputs()
-    before = run(model, inputs)
-    assert not close(run(model, inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].flip(1)}), before)
+    before = predict(model, inputs)
+    assert not close(
+        predict(model, inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].flip(1)}), before
+    )
     padded = torch.cat([inputs["encoder_hidden_states"], torch.zeros(2, 3, 24)], dim=1)
-    output = run(model, inputs | {"encoder_hidden_states": padded, "txt_ids": position_ids(length=8)})
+    output = predict(model, inputs | {"encoder_hidden_states": padded, "txt_ids": position_ids(length=8)})
     assert all(torch.isfinite(x).all() for x in output)
-
-
-def test_without_timestep_mixing(base):
-    model = randomize(graft(base, depth_timestep_mixing=False))
-    assert not any("alpha" in name or "rgb_to_depth" in name for name, _ in model.named_parameters())
-    assert run(model, make_inputs())[1].shape == (2, 6, 16)
-
-
-def test_samples_of_a_batch_do_not_mix(model):
-    inputs = make_inputs()
-    sample, depth_sample = run(model, inputs)
-    one = {name: x[:1] for name, x in inputs.items()}
-    assert close(run(model, one), (sample[:1], depth_sample[:1]), atol=1e-5)
 
 
 def test_grouped_queries_are_repeated_keys(model):
@@ -257,7 +226,7 @@ def test_grouped_queries_are_repeated_keys(model):
             query, key, value, mlp = tensor.split(model.transformer_blocks[0].attn.projection_dims)
             weights[name] = torch.cat([query, key.repeat(4, 1), value.repeat(4, 1), mlp])
     wide.load_state_dict(weights)
-    assert close(run(model, make_inputs()), run(wide, make_inputs()), atol=1e-5)
+    assert close(predict(model, make_inputs()), predict(wide, make_inputs()), atol=1e-5)
 
 
 # diffusers' features
@@ -268,20 +237,9 @@ def test_save_and_load(config, tmp_path):
     model, inputs = randomize(ModalityForcingDiTTransformer2DModel(**config)), make_inputs(config is TINY_DEPTH_DIT)
     model.save_pretrained(tmp_path)
     again = ModalityForcingDiTTransformer2DModel.from_pretrained(tmp_path)
-    expected, output = run(model, inputs), run(again, inputs)
+    expected, output = predict(model, inputs), predict(again, inputs)
     assert torch.equal(output[0], expected[0])
     assert (output[1] is None) == (config is TINY_DIT) and (output[1] is None or torch.equal(output[1], expected[1]))
-
-
-def test_bfloat16_body_with_float32_head(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    half = ModalityForcingDiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    assert {parameter.dtype for parameter in half.depth_head.parameters()} == {torch.float32}
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = run(model, make_inputs())
-    assert mixed[0].dtype == mixed[1].dtype == torch.float32
-    assert close(mixed, run(model, make_inputs()), atol=0.5)
 
 
 def loss_and_gradients(model):
@@ -290,14 +248,6 @@ def loss_and_gradients(model):
     loss = output.sample.square().mean() + output.depth_sample.square().mean()
     loss.backward()
     return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def test_gradient_checkpointing(model):
-    loss, gradients = loss_and_gradients(model)
-    model.enable_gradient_checkpointing()
-    again, again_gradients = loss_and_gradients(model)
-    assert loss == again
-    assert close(gradients, again_gradients, atol=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -311,67 +261,11 @@ def test_regional_compile(model, checkpointing):
     assert close(gradients, again_gradients, atol=1e-5, rtol=1e-4)
 
 
-def test_lora_adapter(model):
-    before = run(model, make_inputs())
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_qkv_mlp_proj", "to_out"], init_lora_weights=False))
-    changed = run(model, make_inputs())
-    assert not torch.allclose(before[0], changed[0]) and not torch.allclose(before[1], changed[1])
-    off = model(**make_inputs(), joint_attention_kwargs={"scale": 0.0})
-    assert torch.allclose(off.depth_sample, before[1], atol=1e-6)
-    model.delete_adapters("default")
-    assert all(torch.equal(a, b) for a, b in zip(before, run(model, make_inputs())))
-
-
 @pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash"])
 def test_attention_backends(model, backend):
-    before = run(model, make_inputs())
+    before = predict(model, make_inputs())
     model.set_attention_backend(backend)
-    assert close(before, run(model, make_inputs()), atol=1e-5)
-
-
-def test_layerwise_casting(model):
-    before = run(model, make_inputs())
-    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    assert model.transformer_blocks[0].attn.to_out.weight.dtype == torch.float8_e4m3fn
-    assert {parameter.dtype for parameter in model.depth_head.parameters()} == {torch.float32}
-    for a, b in zip(before, run(model, make_inputs())):
-        assert torch.isfinite(b).all() and not torch.equal(a, b)
-        assert (a - b).norm() / a.norm() < 0.2
-
-
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_group_offload(model, offload_type):
-    before = run(model, make_inputs())
-    apply_group_offloading(
-        model,
-        onload_device=torch.device("cpu"),
-        offload_type=offload_type,
-        num_blocks_per_group=1 if offload_type == "block_level" else None,
-    )
-    assert all(torch.equal(a, b) for a, b in zip(before, run(model, make_inputs())))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
-        MagCacheConfig(threshold=1e6, num_inference_steps=4, retention_ratio=0.25, mag_ratios=torch.ones(4)),
-    ],
-    ids=lambda config: type(config).__name__,
-)
-def test_caches(model, config):
-    """A cache that skips gives what it remembers, in both streams; switched off, the model is as before."""
-    inputs = make_inputs()
-    later = inputs | {"hidden_states": inputs["hidden_states"] * 0.9, "timestep": inputs["timestep"] * 0.9}
-    exact = run(model, later)
-    model.enable_cache(config)
-    for call in (inputs, inputs, later, later):
-        with model.cache_context("cond"):
-            cached = run(model, call)
-    assert all(torch.isfinite(x).all() for x in cached)
-    assert not torch.equal(cached[0], exact[0]) and not torch.equal(cached[1], exact[1])
-    model.disable_cache()
-    assert all(torch.equal(a, b) for a, b in zip(exact, run(model, later)))
+    assert close(before, predict(model, make_inputs()), atol=1e-5)
 
 
 # The objective

@@ -23,6 +23,7 @@ from mf_diffusers import (
 )
 from mf_diffusers.modality_forcing.conversion import AUTOENCODER_KEYS
 from mf_diffusers.modality_forcing.depth_processor import contract
+from mf_diffusers.modality_forcing.latent_tokens import position_ids
 
 
 TINY_TRANSFORMER = {
@@ -60,6 +61,35 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
             if not parameter.any():
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def transformer_inputs(text_channels: int, depth: bool = True, batch_size: int = 2) -> dict[str, torch.Tensor]:
+    """What a tiny transformer takes: six tokens of each stream, of 16 values, and five of text."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(batch_size, 6, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(batch_size, 5, text_channels, generator=generator),
+        "timestep": torch.rand(batch_size, generator=generator),
+        "img_ids": position_ids(rows=2, columns=3),
+        "txt_ids": position_ids(length=5),
+    }
+    if depth:
+        inputs["depth_hidden_states"] = torch.randn(batch_size, 6, 16, generator=generator)
+        inputs["depth_timestep"] = torch.rand(batch_size, generator=generator)
+        inputs["depth_ids"] = position_ids(time=1, rows=2, columns=3)
+    return inputs
+
+
+def predict(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """RGB velocity and clean depth."""
+    with torch.no_grad():
+        output = model(**inputs)
+    return output.sample, output.depth_sample
+
+
+def close(a, b, **tolerance) -> bool:
+    """Whether two sequences of tensors are, one by one."""
+    return all(torch.allclose(x, y, **tolerance) for x, y in zip(a, b, strict=True))
 
 
 def make_tokenizer() -> Qwen2TokenizerFast:

@@ -6,7 +6,6 @@ from tiny import make_tokenizer, randomize
 from transformers import Qwen3Config, Qwen3Model
 
 from mf_diffusers import ModalityForcingPipeline
-from mf_diffusers.modality_forcing.latent_tokens import position_ids
 
 
 TINY_Z_IMAGE = {
@@ -25,30 +24,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}{% if enable_thinking is false %}no{% endif %}"
 )
-
-
-def make_inputs(depth: bool = True, batch_size: int = 2) -> dict:
-    """Of the transformer, six tokens of each stream."""
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(batch_size, 6, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(batch_size, 5, 16, generator=generator),
-        "timestep": torch.rand(batch_size, generator=generator),
-        "img_ids": position_ids(rows=2, columns=3),
-        "txt_ids": position_ids(length=5),
-    }
-    if depth:
-        inputs["depth_hidden_states"] = torch.randn(batch_size, 6, 16, generator=generator)
-        inputs["depth_timestep"] = torch.rand(batch_size, generator=generator)
-        inputs["depth_ids"] = position_ids(time=1, rows=2, columns=3)
-    return inputs
-
-
-def run(model, inputs) -> tuple:
-    """RGB velocity and clean depth."""
-    with torch.no_grad():
-        output = model(**inputs)
-    return output.sample, output.depth_sample
 
 
 def make_z_image(seed: int = 0) -> ZImagePipeline:
