@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny import make_pipeline
-from tiny_z_image import graft, make_z_image, make_z_image_pipeline, run
+from tiny import make_pipeline, predict
+from tiny_z_image import graft, make_z_image, make_z_image_pipeline
 from transformers import Qwen3ForCausalLM
 
 from mf_diffusers import ModalityForcingPipeline, ModalityForcingZImageTransformer2DModel
@@ -264,7 +264,7 @@ def test_a_lora_in_every_spelling_does_what_it_does_to_z_image(program, base, lo
         "timestep": torch.tensor([0.6]),
         "img_ids": token_positions(4, 6, "cpu")["image"],
     }
-    sample, _ = run(pipe.transformer, inputs)
+    sample, _ = predict(pipe.transformer, inputs)
     assert torch.allclose(-sample, pack_cells(expected[None]).transpose(1, 2), atol=1e-4)
     changed = call(pipe, "a cat")
     assert not np.array_equal(changed.images, before.images) and not np.array_equal(changed.depth, before.depth)

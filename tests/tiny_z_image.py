@@ -2,7 +2,7 @@
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from tiny import make_tokenizer, randomize
+from tiny import TINY_QWEN3, TINY_VAE, make_tokenizer, randomize
 from transformers import Qwen3Config, Qwen3Model
 
 from mf_diffusers import ModalityForcingPipeline
@@ -31,26 +31,9 @@ def make_z_image(seed: int = 0) -> ZImagePipeline:
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
-    text_encoder = Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            tie_word_embeddings=True,
-        )
-    )
+    text_encoder = Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **TINY_QWEN3))
     vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
+        **TINY_VAE,
         scaling_factor=0.7,
         shift_factor=0.2,
         use_quant_conv=False,
