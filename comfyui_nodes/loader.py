@@ -95,8 +95,13 @@ def load_adapter(base: Path, path: Path, strength: float = 1.0) -> comfy.model_p
         FileNotFoundError: there is no such file.
         ValueError: the file is no adapter, or one of another base.
     """
-    adapter = read_adapter(path)
-    weights = _base_weights(base) | export_published_transformer(adapter.depth, prefix="")
+    adapter, base_weights = read_adapter(path), _base_weights(base)
+    if "img_in.weight" not in base_weights:
+        raise ValueError(
+            f"{base} is no FLUX.2, on which this node puts adapters. Put one of Z-Image onto its base in a script, and "
+            "make one file of both: ModalityForcingPipeline.from_base(base, adapter=...), `mf-diffusers convert`."
+        )
+    weights = base_weights | export_published_transformer(adapter.depth, prefix="")
     config, converted = convert_published_transformer(weights)
     with torch.device("meta"):
         transformer = ModalityForcingFlux2Transformer2DModel(**config)
