@@ -249,6 +249,16 @@ def test_batches(loaded, sampling, scene):
     assert decode(loaded, latent)[0].shape == (1, 3, HEIGHT, WIDTH)
 
 
+def test_frames_of_a_video_with_one_noise(comfy, loaded, scene):
+    import comfy_extras.nodes_post_processing  # noqa: F401  (as above)
+    from comfy_extras.nodes_latent import LatentBatchSeedBehavior
+
+    latent = encode(loaded, image=torch.cat([scene.image, scene.image.flip(-1)]))
+    latent = LatentBatchSeedBehavior.execute(latent, "fixed").result[0]
+    noise = comfy.sample.prepare_noise(latent["samples"], 3, latent["batch_index"]).unbind()
+    assert all(torch.equal(x[0], x[1]) for x in noise)
+
+
 def test_masks_of_the_parts(loaded, sampling, scene):
     """'Set Latent Noise Mask' on either: its part is kept where the mask is 0."""
     from nodes import SetLatentNoiseMask
