@@ -389,7 +389,7 @@ def report(results: list[dict[str, Any]], columns: dict[str, str], output: str) 
         print(f"| {' | '.join(template.format(**result) for template in columns.values())} |")
 
 
-def main():
+def main() -> None:
     is_pretraining = take_flag("--pretrain")
     script = pretrain if is_pretraining else post_train
     config = load_config(PretrainBenchmark if is_pretraining else PostTrainBenchmark)

@@ -106,7 +106,7 @@ class TimedPipeline(ModalityForcingPipeline):
 
     loop_seconds = 0.0
 
-    def denoise(self, *args, **kwargs):
+    def denoise(self, *args, **kwargs) -> None:
         seconds, result = timed(self._execution_device, super().denoise, *args, **kwargs)
         self.loop_seconds = seconds
         return result
@@ -254,7 +254,7 @@ def measure(config: InferenceBenchmark) -> list[dict[str, Any]]:
     return results
 
 
-def main():
+def main() -> None:
     config = load_config(InferenceBenchmark)
     check(config)
     report(measure(config), COLUMNS, config.benchmark.output)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -68,7 +68,7 @@ def take_flag(flag: str) -> bool:
     return found
 
 
-def save_config(config, path: Path) -> None:
+def save_config(config: Any, path: Path) -> None:
     """Writes the settings as YAML that `load_config` reads back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:

@@ -18,7 +18,7 @@ from finetune.config import load_config
 from mf_diffusers.errors import errors_as_lines
 
 
-def main():
+def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit("usage: consolidate.py CHECKPOINT PIPELINE")
     checkpoint, folder = map(Path, sys.argv[1:])

@@ -71,7 +71,7 @@ class MeasureConfig:
 
 
 def depth_to_image(tasks: ImageTasks, config: MeasureConfig) -> dict[str, dict[str, float]]:
-    """Without depth; over how tightly it is followed; and where few of its points are given."""
+    """How well images follow depth: without it, by how tightly it is followed, and where few points are given."""
     strengths = {f"log2_alpha {alpha:g}": alpha for alpha in config.strengths} | {"rigidly": None}
     found = {"without depth": tasks.not_following()}
     found |= {name: tasks.following(alpha) for name, alpha in strengths.items()}
@@ -100,7 +100,7 @@ def prompts_shown(pipe: ModalityForcingPipeline, config: MeasureConfig) -> tuple
     return shown, joined(sheets, below=True)
 
 
-def main():
+def main() -> None:
     config = load_config(MeasureConfig)
     pipe, found = load_pipeline(config.model), {}
     tasks = ImageTasks(pipe, build_source(config.validation_data), config.scenes, config.steps, config.guidance_scale)

@@ -90,7 +90,7 @@ def depth_pictures(tasks: PartialTasks, depths) -> list[Image.Image]:
     ]
 
 
-def main():
+def main() -> None:
     config = load_config(PartialConfig)
     pipe, source = load_pipeline(config.model), build_source(config.validation_data)
     folder = Path(config.output)

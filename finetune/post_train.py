@@ -237,7 +237,7 @@ def consolidate(config: PostTrainConfig, checkpoint: Path, folder: Path) -> None
     save_result(config, pipe, folder)
 
 
-def main():
+def main() -> None:
     is_dry_run = take_flag("--dry-run")
     config = load_config(PostTrainConfig)
     check(config)

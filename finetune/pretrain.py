@@ -117,7 +117,7 @@ def plain_autoencoder(vae: AutoencoderKLFlux2) -> AutoencoderKL:
 
 
 def open_vae(config: PretrainConfig) -> AutoencoderKLFlux2 | AutoencoderKL:
-    """See `PretrainConfig.vae`."""
+    """The frozen autoencoder that `PretrainConfig.vae` names."""
     path, cls = config.vae, BACKBONES[config.architecture].autoencoder_class
     subfolder = None if (Path(path) / "config.json").is_file() else "vae"
     try:
@@ -188,14 +188,14 @@ class TextToImage(torch.nn.Module):
 
 
 def squared_error(model, batch: EncodedBatch, timestep, noise, text, token_size: int) -> torch.Tensor:
-    """Of the velocity (B, N, C), at noise levels (B,), for RGB noise (B, N, C) and B prompts or their features."""
+    """Squared error of the velocity (B, N, C), at levels (B,), for RGB noise (B, N, C) and B prompts or features."""
     latents, height, width = batch.latents.to(noise.device), *batch.depth.shape[-2:]
     img_ids = position_ids(rows=height // token_size, columns=width // token_size).to(noise.device)
     velocity = model(add_noise(latents, noise, timestep), timestep, img_ids, text)
     return (velocity.float() - (noise - latents)).square()
 
 
-def draw_noise(batch: EncodedBatch, generators: list[torch.Generator], device) -> torch.Tensor:
+def draw_noise(batch: EncodedBatch, generators: list[torch.Generator], device: torch.device) -> torch.Tensor:
     return torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in generators]).to(device)
 
 
@@ -297,7 +297,7 @@ def validate(config: PretrainConfig, trainer: Trainer, pipe, model: TextToImage,
     model.train()
 
 
-def main():
+def main() -> None:
     is_dry_run = take_flag("--dry-run")
     config = load_config(PretrainConfig)
     check(config)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parents[1]))  # as the other scripts, which the launcher starts
 
 from finetune.config import load_config, take_flag
-from finetune.data.sources import build_source
+from finetune.data.sources import Source, build_source
 from finetune.measures.image_tasks import ImageTasks, mean_of
 from finetune.measures.studies import (
     Measurements,
@@ -152,13 +152,13 @@ def untrained(config: ClaimsConfig) -> ModalityForcingPipeline:
     return pipe
 
 
-def compared(pipe: ModalityForcingPipeline, base, source, count: int) -> dict[str, float]:
+def compared(pipe: ModalityForcingPipeline, base: Flux2KleinPipeline, source: Source, count: int) -> dict[str, float]:
     """What is compared of a run."""
     errors = in_one_and_four_steps(pipe, source, count)
     return errors | drift(pipe.to(torch.float32), base, source, min(100, count))
 
 
-def constant_depth(source, count: int) -> dict[str, float]:
+def constant_depth(source: Source, count: int) -> dict[str, float]:
     """What the best constant of each scene scores: the alignment of a constant chooses it."""
     truths = [as_depth_map(source[i]["depth"]) for i in range(count)]
     constants = [align_affine_robust(np.ones_like(truth), truth).apply(np.ones_like(truth)) for truth in truths]
@@ -166,7 +166,9 @@ def constant_depth(source, count: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def drift(pipe: ModalityForcingPipeline, base: Flux2KleinPipeline, source, count: int = 100) -> dict[str, float]:
+def drift(
+    pipe: ModalityForcingPipeline, base: Flux2KleinPipeline, source: Source, count: int = 100
+) -> dict[str, float]:
     """How far the RGB velocity moved from the base's: ||v - v_base||^2 / ||v_base||^2, depth being pure noise."""
     samples = [source[i] for i in range(count)]
     latents = image_to_tokens(pipe.vae, torch.stack([sample["image"] for sample in samples]))
@@ -233,7 +235,7 @@ def measure(config: ClaimsConfig) -> dict[str, dict[str, float]]:
     return measured.numbers
 
 
-def write_tables(numbers, config: ClaimsConfig) -> str:
+def write_tables(numbers: dict[str, dict[str, float]], config: ClaimsConfig) -> str:
     """Markdown: what was measured, in percent; ± is half the range over seeds."""
     lines = []
     for title, names in TABLES.items():
@@ -256,7 +258,7 @@ def write_tables(numbers, config: ClaimsConfig) -> str:
     return "\n".join(lines)
 
 
-def draw_figure(numbers, config: ClaimsConfig) -> Figure:
+def draw_figure(numbers: dict[str, dict[str, float]], config: ClaimsConfig) -> Figure:
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3)
 
@@ -294,7 +296,7 @@ def draw_figure(numbers, config: ClaimsConfig) -> Figure:
     return figure
 
 
-def main():
+def main() -> None:
     name = "claims_quick.yaml" if take_flag("--quick") else "claims.yaml"
     config = load_config(ClaimsConfig, ["--config", str(CONFIGS / name), *sys.argv[1:]])
     for what, remedy in {"model": "train it", "base": "train it with finetune/pretrain.py"}.items():

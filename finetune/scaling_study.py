@@ -197,7 +197,7 @@ def fit(numbers: dict[str, dict[str, float]], metric: str) -> dict[str, tuple[fl
     return {axis: (slopes[i], widths[i]) for i, axis in enumerate(("parameters", "samples"), start=1)}
 
 
-def write_tables(numbers, config: ScalingConfig) -> str:
+def write_tables(numbers: dict[str, dict[str, float]], config: ScalingConfig) -> str:
     """Markdown: what was measured, in percent, ± half the range over seeds; and the fitted slopes."""
     lines = ["| rung | parameters | pre-trained on | " + " | ".join(METRICS.values()) + " |", "|---" * 7 + "|"]
     for rung in config.rungs:
@@ -213,7 +213,9 @@ def write_tables(numbers, config: ScalingConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_figure(numbers, config: ScalingConfig, metric: str = "abs_rel_one_step") -> Figure:
+def draw_figure(
+    numbers: dict[str, dict[str, float]], config: ScalingConfig, metric: str = "abs_rel_one_step"
+) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
 
@@ -249,7 +251,7 @@ def draw_figure(numbers, config: ScalingConfig, metric: str = "abs_rel_one_step"
     return figure
 
 
-def main():
+def main() -> None:
     is_estimate = take_flag("--estimate")
     config = load_config(ScalingConfig, ["--config", str(CONFIGS / "scaling.yaml"), *sys.argv[1:]])
     folder = Path(config.output)

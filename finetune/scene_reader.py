@@ -10,6 +10,7 @@ their own captions, and how many are rejected with those of other scenes, and wi
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -157,7 +158,7 @@ class Rendered(NamedTuple):
     kinds: list[int]
 
 
-def rendered(indices, split: str, size: int) -> Rendered:
+def rendered(indices: Iterable[int], split: str, size: int) -> Rendered:
     """Scenes of a split, `size` pixels high and wide."""
     batch = render_scenes(indices, height=size, width=size, split=split)
     places = torch.full(batch.surfaces.shape, NO_OBJECT)
@@ -268,7 +269,7 @@ def main(
     file: Annotated[Path, typer.Argument(help="Of the trained reader; what is there already is checked only.")],
     size: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels; a multiple of 8.")] = 64,
     scenes: Annotated[int, typer.Option(min=2, help="On which it is checked.")] = 500,
-):
+) -> None:
     """Train the reader of pictures, and say how often it is right."""
     for name, share in check_on_scenes(reader_at(file, size), size, scenes).items():
         print(f"{name}: {share:.1%}")

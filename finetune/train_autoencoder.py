@@ -117,7 +117,7 @@ def edge_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def training_loss(
     vae: AutoencoderKLFlux2, images: torch.Tensor, rng: torch.Generator, config: Config, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Of uint8 images, flipped at random; the products are in `dtype`."""
+    """The loss of uint8 images, flipped at random; the products are in `dtype`."""
     flip = torch.rand(len(images), 1, 1, 1, generator=rng) < 0.5
     target = torch.where(flip, images.flip(-1), images).to(config.device) / 127.5 - 1
     with torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32):
@@ -176,7 +176,9 @@ def fit_statistics(vae: AutoencoderKLFlux2, pool: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path: Path, step: int, vae, ema, optimizer) -> None:
+def save_checkpoint(
+    path: Path, step: int, vae: AutoencoderKLFlux2, ema: AutoencoderKLFlux2, optimizer: torch.optim.Optimizer
+) -> None:
     """`step` is the number of steps taken."""
     tensors = {f"model/{name}": tensor for name, tensor in vae.state_dict().items()}
     tensors |= {f"ema/{name}": tensor for name, tensor in ema.state_dict().items()}
@@ -186,7 +188,9 @@ def save_checkpoint(path: Path, step: int, vae, ema, optimizer) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"step": str(step)})
 
 
-def load_checkpoint(path: Path, vae, ema, optimizer) -> int:
+def load_checkpoint(
+    path: Path, vae: AutoencoderKLFlux2, ema: AutoencoderKLFlux2, optimizer: torch.optim.Optimizer
+) -> int:
     """Returns the number of steps taken."""
     tensors = load_file(path)
     for prefix, model in (("model/", vae), ("ema/", ema)):

@@ -34,7 +34,7 @@ def main(
     height: Annotated[int, typer.Option(min=1)] = 64,
     width: Annotated[int, typer.Option(min=1)] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-):
+) -> None:
     """Write the first COUNT scenes of a split as RGB-D frames."""
     if folder.exists():
         raise SystemExit(f"error: {folder} is there already: name a new folder")

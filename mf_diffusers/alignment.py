@@ -99,7 +99,7 @@ def align_least_squares(prediction: np.ndarray, truth: np.ndarray, mask: np.ndar
 def align_disparity_least_squares(
     prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None
 ) -> Alignment:
-    """For predicted disparity: s and b that minimise sum (s * prediction + b - 1 / truth)^2, on all pixels.
+    """Alignment of predicted disparity: s and b that minimise sum (s * prediction + b - 1 / truth)^2, on all pixels.
 
     The protocol of MiDaS and Depth Anything. Depth is the inverse; as in MoGe's evaluation, disparity is held at or
     above 1 / max(truth), since near or below 0 its inverse is anything. (Marigold holds it above 1e-3 and fits

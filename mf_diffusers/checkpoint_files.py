@@ -66,7 +66,7 @@ class CheckpointFiles:
         return file in self.sizes
 
     def path(self, file: str) -> str:
-        """Of a file, as messages name it."""
+        """The path of a file, as messages name it."""
         return self.name if self.paths.get(file) == self.name else f"{self.name.rstrip('/')}/{file}"
 
     def folder(self, part: str) -> list[str]:

@@ -180,7 +180,7 @@ def as_depth_map(
 
 
 def view_as_depth_map(depth: ArrayLike, mask: ArrayLike | None = None) -> np.ndarray:
-    """As `as_depth_map`, but an array that is such a map already is returned itself, and not to be written to."""
+    """A depth map as of `as_depth_map`, but an array that is one already is returned itself: do not write into it."""
     is_map = isinstance(depth, np.ndarray) and not isinstance(depth, np.ma.MaskedArray) and depth.dtype == np.float32
     if mask is None and is_map and depth.ndim == 2 and depth.size and depth.min() >= 0 and depth.max() < np.inf:
         return depth

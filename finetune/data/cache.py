@@ -109,7 +109,7 @@ class EncodedSamples(Dataset):
         return EncodedBatch(**stacked, captions=captions, positions=positions)
 
     def captions(self, count: int) -> list[str]:
-        """Of the first samples."""
+        """The captions of the first samples."""
         places = (self.locate(index) for index in range(count))
         return [shard.captions[place] for shard, place in places]
 

@@ -72,7 +72,7 @@ class LiveSamples:
         return ReadReport(sum(r.tried for r in reports), [failure for r in reports for failure in r.failures])
 
     def captions(self, count: int) -> list[str]:
-        """Of the first samples."""
+        """The captions of the first samples."""
         starts = range(0, count, 64)
         chunks = (self.source.read(list(range(s, min(s + 64, count))), self.own_report) for s in starts)
         return [sample["caption"] for chunk in chunks for sample in chunk]

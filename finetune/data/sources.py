@@ -181,14 +181,14 @@ class ScenesSource(Source):
             raise ValueError(f"split {config.split!r} is none of {', '.join(SPLITS)}")
         self.config = self.thinning = config
 
-    def size(self, index):
+    def size(self, index: int) -> tuple[int, int]:
         return self.config.height, self.config.width
 
     def __getitem__(self, index):
         return self.read([index], ReadReport())[0]
 
-    def read(self, indices, report):
-        """As `Source.read`, rendered together."""
+    def read(self, indices: list[int], report: ReadReport) -> list[dict[str, Any]]:
+        """The samples of these indices, rendered together."""
         c = self.config
         numbers = [index % 2**32 for index in indices]
         batch = render_scenes(numbers, c.seed, c.height, c.width, supersample=c.supersample, split=c.split)
@@ -257,7 +257,7 @@ class FolderSource(Source):
         epoch, position = divmod(index, len(self))
         return int(permutation(len(self), self.config.seed, epoch)[position]) if self.config.shuffle else position
 
-    def size(self, index):
+    def size(self, index: int) -> tuple[int, int]:
         row = self._row(index)
         if row not in self._sizes:
             try:
@@ -310,7 +310,7 @@ class WebDatasetSource(Source):
         self.step = lanes
         self._cursors = {}  # lane: its stream, the number of samples taken from it, and the last few of them
 
-    def size(self, index):
+    def size(self, index: int) -> tuple[int, int]:
         return self.config.height, self.config.width
 
     def __getitem__(self, index):
@@ -396,16 +396,16 @@ class MixtureSource(Source):
         self.seed = config.seed
         self.sources = [build_source(source) for source in config.sources]
 
-    def locate(self, index):
+    def locate(self, index: int) -> tuple[Source, int]:
         block, position = divmod(index, MIXTURE_BLOCK)
         choice = np.repeat(range(len(self.counts)), self.counts)[permutation(MIXTURE_BLOCK, self.seed, block)]
         k = int(choice[position])
         return self.sources[k].locate(block * self.counts[k] + int((choice[:position] == k).sum()))
 
-    def leaves(self):
+    def leaves(self) -> list[Source]:
         return [leaf for source in self.sources for leaf in source.leaves()]
 
-    def size(self, index):
+    def size(self, index: int) -> tuple[int, int]:
         leaf, index = self.locate(index)
         return leaf.size(index)
 

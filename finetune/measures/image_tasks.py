@@ -63,8 +63,8 @@ class ImageTasks:
         return mean_of(depth_following(image, depth, self.estimator) for image, depth in zip(images, depths))
 
     def made(self, log2_alpha: float | None, given: list[torch.Tensor] | None = None) -> Iterator[tuple]:
-        """Of every sample the picture, and where no depth was given the depth (H, W) that was made with it, and where
-        that is valid."""
+        """What was made of every sample: the picture, and where no depth was given the depth (H, W) that was made with
+        it, and where that is valid."""
         height, width = self.samples[0]["image"].shape[-2:]
         for start in range(0, self.count, BATCH):
             numbers = range(start, min(start + BATCH, self.count))
@@ -79,5 +79,5 @@ class ImageTasks:
             yield from zip(made.images, *([made.depth, made.depth_mask] if given is None else []))
 
 
-def mean_of(metrics) -> dict[str, float]:
+def mean_of(metrics: list[dict[str, float]]) -> dict[str, float]:
     return mean_metrics([{name: row[name] for name in METRICS} for row in metrics])

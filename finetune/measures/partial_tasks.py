@@ -145,7 +145,7 @@ class PartialTasks:
         return {"image": float(np.mean(errors))}
 
     def scaled_error(self, depths: np.ndarray) -> dict[str, float]:
-        """Of relative depth inside the boxes."""
+        """The error of relative depth inside the boxes."""
         scaled = [align_scale(made, true, grid=None).apply(made) for made, true in zip(depths, self.depths)]
         return self.depth_error(scaled, self.boxes)
 

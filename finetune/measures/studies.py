@@ -61,7 +61,7 @@ def in_one_and_four_steps(pipe: ModalityForcingPipeline, source: Source, count: 
     return image_to_depth(pipe, source, count) | {f"{name}_one_step": value for name, value in one_step.items()}
 
 
-def over_seeds(numbers, name: str, metric: str, seeds: list[int]) -> list[float]:
+def over_seeds(numbers: dict[str, dict[str, float]], name: str, metric: str, seeds: list[int]) -> list[float]:
     """A metric of every seed, or of the one measurement of that name; none where it was not measured."""
     rows = [numbers[key] for key in (name, *(f"{name}, seed {seed}" for seed in seeds)) if key in numbers]
     return [row[metric] for row in rows if metric in row]

@@ -21,7 +21,7 @@ has them twice. Left out are its buffers: by its defaults, 5e8 gradients (2 GB) 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class Launch(NamedTuple):
 ALONE = Launch()
 
 
-def size_in_bytes(parameters) -> int:
+def size_in_bytes(parameters: Iterable[torch.Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
@@ -263,7 +263,7 @@ def with_changes(config, changes: Changes):
 
 
 def as_text(changes: Changes) -> str:
-    """As one would write them on the command line."""
+    """Changes of settings as one would write them on the command line."""
     launch = [f"{SHARDED_LAUNCH} {changes[SHARDED_LAUNCH]} ..."] if SHARDED_LAUNCH in changes else []
     settings = {name: value for name, value in changes.items() if name != SHARDED_LAUNCH}
     return " ".join(launch + [f"{name}={'true' if value is True else value}" for name, value in settings.items()])

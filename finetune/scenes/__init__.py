@@ -6,6 +6,7 @@ of a batch of scenes are then cast and shaded together on the device (renderer.p
 words (captions.py).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,11 @@ class SceneBatch:
 
 
 def render_scenes(
-    indices,
+    indices: Iterable[int],
     seed: int = 0,
     height: int = 128,
     width: int = 128,
-    device="cpu",
+    device: str | torch.device = "cpu",
     supersample: int = 2,
     split: str = "train",
 ) -> SceneBatch:

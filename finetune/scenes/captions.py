@@ -43,7 +43,7 @@ def relations(scene: Scene, i: int, j: int) -> list[str]:
     return []
 
 
-def noun(rng, scene: Scene, group: list[int]) -> str:
+def noun(rng: np.random.Generator, scene: Scene, group: list[int]) -> str:
     """Words for objects of one colour, pattern and shape."""
     first, several = scene.objects[group[0]], len(group) > 1
     extent = [np.prod(scene.objects[k].size) ** (1 / 3) / scene.unit for k in group]
@@ -61,7 +61,7 @@ def noun(rng, scene: Scene, group: list[int]) -> str:
     return f"{NUMBERS[len(group)]} {' '.join(words)}" if several else with_article(" ".join(words))
 
 
-def surroundings(rng, scene: Scene, shares: np.ndarray) -> str:
+def surroundings(rng: np.random.Generator, scene: Scene, shares: np.ndarray) -> str:
     """Words for the place, naming the wall, the floor and the sky only where they show."""
     if scene.kind == "open":
         words = scene.place
@@ -78,7 +78,7 @@ def surroundings(rng, scene: Scene, shares: np.ndarray) -> str:
     return words
 
 
-def describe(scene: Scene, shares: np.ndarray, rng) -> str:
+def describe(scene: Scene, shares: np.ndarray, rng: np.random.Generator) -> str:
     """A caption of what is visible, from the share of the pixels (FIRST_OBJECT + N,) of each surface."""
     groups = defaultdict(list)
     for k, o in enumerate(scene.objects):

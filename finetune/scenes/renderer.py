@@ -34,7 +34,7 @@ def render(scenes: list[Scene], height: int, width: int, device: torch.device, s
 
 @torch.inference_mode()
 def render_chunk(scenes: list[Scene], height: int, width: int, device: torch.device, supersample: int):
-    """As `render`, of scenes that are few enough to be rendered at once."""
+    """What `render` gives, of scenes that are few enough to be rendered at once."""
     world = pack(scenes, device)
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device) + 0.5, torch.arange(width, device=device) + 0.5, indexing="ij"

@@ -5,6 +5,7 @@ right, y down, z forward.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,7 +69,7 @@ class Solid:
 
     @property
     def radius(self) -> float:
-        """Of the vertical cylinder around it."""
+        """The radius of the vertical cylinder around it."""
         return math.hypot(*self.size[:2]) if self.shape == "box" else float(self.size[0])
 
 
@@ -102,7 +103,7 @@ def scene_rng(split: str, seed: int, index: int, stream: int) -> np.random.Gener
     return np.random.default_rng([SPLITS[split], seed, index, stream])
 
 
-def linear(rgb) -> np.ndarray:
+def linear(rgb: Sequence[float]) -> np.ndarray:
     return np.asarray(rgb, dtype=np.float64) ** 2.2
 
 
@@ -131,7 +132,7 @@ def sample_scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     return scene
 
 
-def sample_solid(rng, scene: Scene) -> Solid:
+def sample_solid(rng: np.random.Generator, scene: Scene) -> Solid:
     """An object without a place; often a twin of the last one, so that captions can count."""
     if scene.objects and rng.random() < 0.3:
         last = scene.objects[-1]
@@ -147,7 +148,7 @@ def sample_solid(rng, scene: Scene) -> Solid:
     return Solid(shape, base * size, rng.uniform(0, math.pi), object_material(rng, base))
 
 
-def place_solid(rng, scene: Scene, solid: Solid) -> None:
+def place_solid(rng: np.random.Generator, scene: Scene, solid: Solid) -> None:
     """Add an object to the scene: on another, or in view on the floor, or not at all if no free place turns up."""
     bases = {k for k, o in enumerate(scene.objects) if o.shape in ("box", "cylinder") and o.support is None}
     bases -= {o.support for o in scene.objects}
@@ -168,7 +169,7 @@ def place_solid(rng, scene: Scene, solid: Solid) -> None:
             return
 
 
-def object_material(rng, base: float) -> Material:
+def object_material(rng: np.random.Generator, base: float) -> Material:
     colour = str(rng.choice(list(COLOURS)))
     rgb = linear(np.clip(np.array(COLOURS[colour]) * rng.normal(1, 0.04, 3), 0.02, 0.97))
     finish = str(rng.choice(list(FINISHES), p=[0.25, 0.25, 0.3, 0.2]))
@@ -182,8 +183,8 @@ def object_material(rng, base: float) -> Material:
     return Material(colour, rgb, rgb2, pattern, base * scale, finish)
 
 
-def surface_material(rng, pattern: str) -> Material:
-    """Of a floor or a wall."""
+def surface_material(rng: np.random.Generator, pattern: str) -> Material:
+    """The material of a floor or a wall."""
     if pattern == "wooden":
         rgb = linear([0.68, 0.47, 0.29]) * rng.uniform(0.5, 1.3) * rng.uniform([1, 0.9, 0.8], 1)
         return Material(
@@ -200,7 +201,7 @@ def surface_material(rng, pattern: str) -> Material:
     return Material(colour, rgb, rgb2, pattern, scale * rng.uniform(0.7, 1.4), finish)
 
 
-def furnish_walls(rng, scene: Scene) -> None:
+def furnish_walls(rng: np.random.Generator, scene: Scene) -> None:
     """A room or a courtyard around the camera and the objects."""
     ends = [scene.camera_position[:2] + 0.4, scene.camera_position[:2] - 0.4]
     ends += [o.centre[:2] + sign * o.radius for o in scene.objects for sign in (-1, 1)]
@@ -218,7 +219,7 @@ def furnish_walls(rng, scene: Scene) -> None:
     scene.surfaces = {FLOOR: floor, WALL: wall, CEILING: Material("white", np.full(3, 0.75), np.full(3, 0.75))}
 
 
-def furnish_open(rng, scene: Scene) -> None:
+def furnish_open(rng: np.random.Generator, scene: Scene) -> None:
     """Ground to the horizon."""
     scene.place = str(rng.choice(list(GROUNDS)))
     first, second, pattern, scale = GROUNDS[scene.place]
@@ -227,7 +228,7 @@ def furnish_open(rng, scene: Scene) -> None:
     scene.low, scene.high = np.array([-1e6, -1e6, 0.0]), np.full(3, 1e6)
 
 
-def light_room(rng, scene: Scene) -> None:
+def light_room(rng: np.random.Generator, scene: Scene) -> None:
     """A warm or neutral lamp under the ceiling and a weak coloured one, both inside the room."""
 
     def lamp(forward, side, height, colour, radius):
@@ -246,7 +247,7 @@ def light_room(rng, scene: Scene) -> None:
     scene.sky = np.stack([bounce, bounce, np.zeros(3), [0, 0, 1]])
 
 
-def light_outdoors(rng, scene: Scene) -> None:
+def light_outdoors(rng: np.random.Generator, scene: Scene) -> None:
     """A sun to either side, behind the camera rather than before it, and a weak blue light against it."""
     scene.sky_word = str(rng.choice(list(SKIES), p=[0.35, 0.3, 0.22, 0.13]))
     zenith, horizon, clouds, cover, sun, strength, radius = SKIES[scene.sky_word]

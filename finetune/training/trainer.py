@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ def checkpoints(output: str | Path) -> list[Path]:
     return sorted((Path(output) / "checkpoints").glob("step-*[0-9]"))
 
 
-def sample_generators(seed: int, step: int, positions) -> list[torch.Generator]:
+def sample_generators(seed: int, step: int, positions: Iterable[int]) -> list[torch.Generator]:
     """A generator for each position in the batch of a step: the same whatever process or micro batch it falls to."""
     generators = []
     for position in positions:

@@ -5,6 +5,7 @@ Noise depends on the index of the sample alone, so that one validation compares 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -39,7 +40,9 @@ def read_batches(
     yield from (tuple(zip(*group)) for group in groups.values())
 
 
-def depth_rows(pipe: ModalityForcingPipeline, indices, samples, steps: int = 4, **kwargs) -> list[dict[str, float]]:
+def depth_rows(
+    pipe: ModalityForcingPipeline, indices: list[int], samples: list[dict[str, Any]], steps: int = 4, **kwargs
+) -> list[dict[str, float]]:
     """Metrics of image -> depth, affine-aligned, of each sample of a batch that has finite depth."""
     depths = pipe(
         image=torch.stack([sample["image"] for sample in samples]),
@@ -69,8 +72,8 @@ def level_losses(
     losses_at: Callable[[EncodedBatch, list[torch.Generator], float], dict[str, torch.Tensor]],
     encoder: Encoder,
     cache: CacheConfig,
-    indices,
-    samples,
+    indices: list[int],
+    samples: list[dict[str, Any]],
 ) -> dict[tuple[str, float], list[float]]:
     """Losses of a batch of samples at every one of `LEVELS`, worked on at the sizes of `cache`.
 

@@ -177,7 +177,7 @@ class Batch:
             return place_result(folder, options.output, name_of(source), options.overwrite, self.written)
 
     def point_settings(self, source: str | Path, points: int) -> PointSettings:
-        """Of a result with so many `Made.points`: there are no more to be had."""
+        """Settings of the point cloud of a result with so many `Made.points`: there are no more to be had."""
         return PointSettings(
             fov_degrees=self.field_of_view(source)["degrees"],
             edge_threshold=self.options.edge_threshold or None,
@@ -185,7 +185,7 @@ class Batch:
         )
 
     def field_of_view(self, source: str | Path) -> dict[str, Any]:
-        """Of a source along its longer side, and what says so."""
+        """Field of view of a source along its longer side, and what says so."""
         if self.options.fov is not None:
             return {"degrees": self.options.fov, "from": "fov"}
         degrees = fov_from_exif(source.path) if isinstance(source, InputFile) else None
@@ -233,7 +233,7 @@ def progress_bar(quiet: bool) -> Progress:
 
 
 def name_of(source: str | InputFile) -> str:
-    """Of the result of a prompt or an input file."""
+    """The name of the result of a prompt or an input file."""
     if isinstance(source, InputFile):
         return source.name
     return re.sub(r"[\W_]+", "-", source.lower())[:48].strip("-") or "untitled"

@@ -30,7 +30,9 @@ TOLERANCE = 25_000_000  # nanoseconds, half the time between two pictures
 
 
 class Argoverse2(Dataset):
-    """See the module. Frames are called "train/LOG/ring_front_center/NANOSECONDS"."""
+    """Reads Argoverse 2, unpacked as this module says.
+
+    Frames are called "train/LOG/ring_front_center/NANOSECONDS"."""
 
     splits = ("train", "val", "test")
     layout = "train/LOG/sensors/lidar/NANOSECONDS.feather"
@@ -73,7 +75,7 @@ def sweep_times(log: Path) -> np.ndarray:
 
 
 def nearest(times: np.ndarray, time: int) -> int:
-    """That of the sorted `times` which is nearest to `time`."""
+    """The one of the sorted `times` that is nearest to `time`."""
     after = np.searchsorted(times, time)
     return min((int(t) for t in times[max(0, after - 1) : after + 1]), key=lambda t: abs(t - time))
 

@@ -39,7 +39,9 @@ INTRINSICS = pinhole(*[PINHOLE_SIZE / 2] * 2, *[(PINHOLE_SIZE - 1) / 2] * 2)
 
 
 class Aria(Dataset):
-    """See the module. Frames are called "SCENE/0000000"."""
+    """Reads Aria Synthetic Environments, unpacked as this module says.
+
+    Frames are called "SCENE/0000000"."""
 
     layout = "SCENE/depth/depth0000000.png"
 

@@ -34,7 +34,9 @@ HIGH_CONFIDENCE = 2
 
 
 class ARKitScenes(Dataset):
-    """See the module. Frames are called "Training/VIDEO/lowres_wide/VIDEO_SECONDS" or ".../wide/..."."""
+    """Reads ARKitScenes, unpacked as this module says.
+
+    Frames are called "Training/VIDEO/lowres_wide/VIDEO_SECONDS" or ".../wide/..."."""
 
     splits = ("Training", "Validation")
     layout = "Training/VIDEO/lowres_depth/VIDEO_SECONDS.png or .../highres_depth/... and the pictures beside them"

@@ -19,7 +19,9 @@ from .frame import Frame
 
 
 class BlendedMVS(Dataset):
-    """See the module. Frames are called "PID/00000000", after the folders above PID where there are any."""
+    """Reads BlendedMVS, unpacked as this module says.
+
+    Frames are called "PID/00000000", after the folders above PID where there are any."""
 
     layout = "PID/rendered_depth_maps/00000000.pfm"
     metric = False

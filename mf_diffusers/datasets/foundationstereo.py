@@ -19,7 +19,9 @@ from .frame import Frame
 
 
 class FoundationStereo(Dataset):
-    """See the module. Frames are called "SCENE/dataset/data/left/0000"."""
+    """Reads the FoundationStereo data set, unpacked as this module says.
+
+    Frames are called "SCENE/dataset/data/left/0000"."""
 
     layout = "SCENE/dataset/data/left/disparity/0000.png"
     metric = False

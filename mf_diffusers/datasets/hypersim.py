@@ -29,7 +29,9 @@ from .frame import Frame
 
 
 class Hypersim(Dataset):
-    """See the module. Frames are called "ai_001_001/cam_00/0000"; the splits are those of the published CSV, v1."""
+    """Reads Hypersim, unpacked as this module says.
+
+    Frames are called "ai_001_001/cam_00/0000"; the splits are those of the published CSV, v1."""
 
     splits = ("train", "val", "test")
     library = "h5py"

@@ -18,7 +18,9 @@ from .frame import Frame
 
 
 class MegaDepth(Dataset):
-    """See the module. Frames are called "0000/dense0/NAME", after the folders above 0000 where there are any."""
+    """Reads MegaDepth, unpacked as this module says.
+
+    Frames are called "0000/dense0/NAME", after the folders above 0000 where there are any."""
 
     layout = "0000/dense0/depths/NAME.h5"
     library = "h5py"

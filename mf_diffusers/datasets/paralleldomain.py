@@ -24,7 +24,9 @@ INFINITE = 1000.0
 
 
 class ParallelDomain(Dataset):
-    """See the module. Frames are called "scene_000000/CAMERA/000000000000000005"."""
+    """Reads PD-4D of Parallel Domain, unpacked as this module says.
+
+    Frames are called "scene_000000/CAMERA/000000000000000005"."""
 
     layout = "scene_000000/depth/CAMERA/000000000000000005.npz"
 

@@ -164,7 +164,7 @@ def run_tasks(function: Callable, tasks: Iterable[tuple], workers: int) -> Itera
 
 
 def end_quietly_when_interrupted() -> None:
-    """For a worker: the process that waits for it speaks of an interruption, and the worker removes what it began."""
+    """Lets a worker end without a word: the process that waits for it speaks of an interruption."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit())
 
 

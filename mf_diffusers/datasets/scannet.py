@@ -38,7 +38,9 @@ FRAME_HEADER = struct.Struct("<16f4Q")
 
 
 class ScanNet(Dataset):
-    """See the module. Frames are called "scene0000_00/scene0000_00/000012" (.sens) or "scene0000_00/12"."""
+    """Reads ScanNet, unpacked as this module says.
+
+    Frames are called "scene0000_00/scene0000_00/000012" (.sens) or "scene0000_00/12"."""
 
     layout = "scene0000_00/scene0000_00.sens or scene0000_00/depth/0.png"
     files_per_frame = False

@@ -27,7 +27,9 @@ INFINITE = 1000.0
 
 
 class TartanAir(Dataset):
-    """See the module. Frames are called "ENV/Data_easy/P000/lcam_front/000000" or "ENV/Easy/P000/left/000000"."""
+    """Reads TartanAir, unpacked as this module says.
+
+    Frames are called "ENV/Data_easy/P000/lcam_front/000000" or "ENV/Easy/P000/left/000000"."""
 
     layout = "ENV/Data_easy/P000/depth_lcam_front/000000_lcam_front_depth.png (v2) or ENV/Easy/P000/depth_left/*.npy"
 

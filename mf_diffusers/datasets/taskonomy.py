@@ -24,7 +24,9 @@ HOLE = 65535
 
 
 class Taskonomy(Dataset):
-    """See the module. Frames are called "taskonomy/BUILDING/point_I_view_J"; other or no folders between will do."""
+    """Reads Taskonomy, unpacked as this module says.
+
+    Frames are called "taskonomy/BUILDING/point_I_view_J"; other or no folders between will do."""
 
     layout = "depth_zbuffer/taskonomy/BUILDING/point_I_view_J_domain_depth_zbuffer.png"
 

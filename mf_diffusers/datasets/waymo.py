@@ -53,7 +53,9 @@ COMPONENTS = {
 
 
 class Waymo(Dataset):
-    """See the module. Frames are called "training/SEGMENT/MICROSECONDS/FRONT"."""
+    """Reads the Waymo Open Dataset, unpacked as this module says.
+
+    Frames are called "training/SEGMENT/MICROSECONDS/FRONT"."""
 
     splits = ("training", "validation", "testing")
     layout = "training/camera_image/SEGMENT.parquet and the other components"

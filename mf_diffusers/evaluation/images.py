@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
-    """Between two sets of features, each taken for a normal distribution (Heusel et al. 2017):
+    """Fréchet distance between two sets of features, each taken for a normal distribution (Heusel et al. 2017):
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 

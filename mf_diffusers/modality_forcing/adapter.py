@@ -218,7 +218,7 @@ def save_adapter(transformer: ModelMixin, path: str | Path, base: str, settings:
 
 def read_adapter_metadata(path: str | Path) -> dict[str, Any]:
     """
-    Of an adapter file the "base", "base_sha256" and "settings" that [`Adapter`] describes.
+    The "base", "base_sha256" and "settings" of an adapter file, which [`Adapter`] describes.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -133,7 +133,7 @@ class DepthProcessor(ConfigMixin):
         return maps.float()
 
     def mask_to_tensor(self, mask: PipelineDepthInput) -> torch.Tensor:
-        """As [`to_tensor`], for validity masks: (B, 1, H, W), bool, True where not zero."""
+        """Validity masks of any kind that [`to_tensor`] takes, as (B, 1, H, W), bool, True where not zero."""
         return _as_batch(mask, "depth mask") != 0
 
     def is_valid(self, depth: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -34,7 +34,7 @@ def image_to_tensor(image: PipelineImageInput) -> torch.Tensor:
 
 
 def image_to_pixels(image: PipelineImageInput) -> torch.Tensor:
-    """As `image_to_tensor`, but images of 8 bits stay uint8, a quarter of the memory."""
+    """Images as `image_to_tensor` gives them, but those of 8 bits stay uint8, a quarter of the memory."""
     if isinstance(image, (list, tuple)):
         if not image:
             raise ValueError("The list holds no image.")
