@@ -48,7 +48,6 @@ class LoadDepth(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=sorted(path.relative_to(folder).as_posix() for path in files),
-                    upload=io.UploadType.model,
                     tooltip="A depth file in ComfyUI's input folder.",
                 ),
                 io.Float.Input(
