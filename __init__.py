@@ -20,11 +20,14 @@ for _, lines in states:
         logging.warning(line)
 
 if all(works for works, _ in states):
-    from .comfyui_nodes import latents, model, z_image
+    from .comfyui_nodes import latents, model
     from .comfyui_nodes.nodes import comfy_entrypoint
 
     model.register()
-    z_image.register()
+    if core.serves(core.Z_IMAGE):
+        from .comfyui_nodes import z_image
+
+        z_image.register()
     latents.explain_streams()
     __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 else:

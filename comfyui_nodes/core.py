@@ -19,6 +19,7 @@ NEWEST_TESTED = "0.33"
 # By what is lost without them: names in the core, and those of their parameters whose names count: that the pack gives
 # by keyword, or takes in the core's stead.
 WHOLE_PACK = "the whole pack"
+Z_IMAGE = "Z-Image with depth"
 LEANS_ON = {
     WHOLE_PACK: {
         # A place among the models that the loaders know
@@ -53,27 +54,6 @@ LEANS_ON = {
         "comfy.ldm.flux.layers.QKNorm": (),
         "comfy.ldm.flux.layers.apply_mod": (),
         "comfy.ldm.flux.math.attention": ("pe", "transformer_options"),
-        # The transformer: Z-Image's
-        "comfy.ldm.lumina.model.NextDiT": (
-            *("patch_size", "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads"),
-            *("multiple_of", "ffn_dim_multiplier", "norm_eps", "qk_norm", "cap_feat_dim", "axes_dims", "axes_lens"),
-            *("rope_theta", "z_image_modulation", "time_scale", "pad_tokens_multiple"),
-            *("dtype", "device", "operations"),
-        ),
-        "comfy.ldm.lumina.model.NextDiT.patchify_and_embed": ("transformer_options",),
-        "comfy.ldm.lumina.model.NextDiT.unpatchify": ("return_tensor",),
-        "comfy.ldm.lumina.model.JointTransformerBlock": (
-            *("n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "qk_norm"),
-            *("z_image_modulation", "operation_settings"),
-        ),
-        "comfy.ldm.lumina.model.JointTransformerBlock.forward": ("timestep_zero_index", "transformer_options"),
-        "comfy.ldm.lumina.model.pad_zimage": (),
-        "comfy.ldm.lumina.model.pos_ids_x": ("transformer_options",),
-        "comfy.ldm.modules.diffusionmodules.mmdit.TimestepEmbedder": ("output_size", "dtype", "device", "operations"),
-        "comfy.supported_models.ZImage": ("unet_config",),
-        "comfy.model_base.Lumina2": (),
-        "comfy.model_base.ModelType.FLOW": (),
-        "comfy.latent_formats.Flux": (),
         # The model around it
         "comfy.model_base.Flux": ("model_config", "device", "unet_model"),
         "comfy.model_base.BaseModel.extra_conds": (),
@@ -118,6 +98,28 @@ LEANS_ON = {
         "comfy_api.latest.io.MultiType.Input": ("types", "tooltip", "optional"),
         "comfy_execution.graph_utils.ExecutionBlocker": (),
     },
+    Z_IMAGE: {
+        "comfy.ldm.lumina.model.NextDiT": (
+            *("patch_size", "in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads"),
+            *("multiple_of", "ffn_dim_multiplier", "norm_eps", "qk_norm", "cap_feat_dim", "axes_dims", "axes_lens"),
+            *("rope_theta", "z_image_modulation", "time_scale", "pad_tokens_multiple"),
+            *("dtype", "device", "operations"),
+        ),
+        "comfy.ldm.lumina.model.NextDiT.patchify_and_embed": ("transformer_options",),
+        "comfy.ldm.lumina.model.NextDiT.unpatchify": ("return_tensor",),
+        "comfy.ldm.lumina.model.JointTransformerBlock": (
+            *("n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "qk_norm"),
+            *("z_image_modulation", "operation_settings"),
+        ),
+        "comfy.ldm.lumina.model.JointTransformerBlock.forward": ("timestep_zero_index", "transformer_options"),
+        "comfy.ldm.lumina.model.pad_zimage": (),
+        "comfy.ldm.lumina.model.pos_ids_x": ("transformer_options",),
+        "comfy.ldm.modules.diffusionmodules.mmdit.TimestepEmbedder": ("output_size", "dtype", "device", "operations"),
+        "comfy.supported_models.ZImage": ("unet_config",),
+        "comfy.model_base.Lumina2": (),
+        "comfy.model_base.ModelType.FLOW": (),
+        "comfy.latent_formats.Flux": (),
+    },
     "'Load Modality Forcing Pipeline' or 'Adapter'": {
         "comfy.sd.load_lora_for_models": ("model", "clip", "lora", "strength_model", "strength_clip"),
         "comfy.sd.load_diffusion_model_state_dict": ("sd", "disable_dynamic"),
@@ -153,6 +155,12 @@ def missing(names: dict[str, tuple]) -> Iterator[str]:
             yield from (f"{name}({x})" for x in parameters if x not in taken and not takes_any)
 
 
+def serves(what: str) -> bool:
+    """Whether the core has all names that a key of `LEANS_ON` needs. Where a parameter alone is another, most graphs
+    may run yet."""
+    return LEANS_ON[what].keys().isdisjoint(missing(LEANS_ON[what]))
+
+
 def state_of_the_core(version: str) -> tuple[bool, list[str]]:
     """
     Args:
@@ -171,8 +179,7 @@ def state_of_the_core(version: str) -> tuple[bool, list[str]]:
         for what, names in lost.items()
         if names
     ]
-    # Where a parameter alone is another, most graphs may run yet.
-    return LEANS_ON[WHOLE_PACK].keys().isdisjoint(lost[WHOLE_PACK]), lines
+    return serves(WHOLE_PACK), lines
 
 
 def state_of_the_packages(requirements: Path) -> tuple[bool, list[str]]:

@@ -278,6 +278,7 @@ def test_a_core_that_does_not_serve_is_named_in_one_line(monkeypatch):
     monkeypatch.setattr(core, "LEANS_ON", {WHOLE_PACK: fine, "'Load It'": {"json.melt": ()}})
     works, (line,) = state_of_the_core("0.50.1")
     assert works and "ComfyUI 0.50.1" in line and "'Load It' may not work (json.melt; tested with" in line
+    assert core.serves(WHOLE_PACK) and not core.serves("'Load It'")
     monkeypatch.setattr(core, "LEANS_ON", {WHOLE_PACK: {"json.dumps": (), "pathlib.Path.read_text": ("colour",)}})
     works, (line,) = state_of_the_core("0.50.1")
     assert works and "the whole pack may not work (pathlib.Path.read_text(colour); tested with" in line
