@@ -46,7 +46,8 @@ def test_weights_gradients_optimizer_and_averages_are_counted_exactly(tmp_path, 
     pipe = make_pipeline()
     model = pipe.transformer.to(DTYPES[base_dtype])
     choose_trainable(model, PostTrainConfig(mode=mode, lora_rank=2))
-    trainer = Trainer(TrainerConfig(output=tmp_path, batch_size=2, micro_batch_size=2), model)
+    config = TrainerConfig(output=tmp_path, batch_size=2, micro_batch_size=2, mixed_precision="bf16")
+    trainer = Trainer(config, model)
     loss_of(pipe, trainer.prepared).backward()
     trainer.optimizer.step()
 
