@@ -428,11 +428,15 @@ class ModalityForcingConfig(comfy.supported_models.Flux2):
         return ModalityForcingFlux(self, device=device)
 
     def process_unet_state_dict(self, state_dict):
-        state_dict = super().process_unet_state_dict(state_dict)
-        return {
-            key: tensor.float() if key.startswith("depth_final_layer.") and key.endswith(".weight") else tensor
-            for key, tensor in state_dict.items()
-        }
+        return with_float32_head(super().process_unet_state_dict(state_dict), "depth_final_layer")
+
+
+def with_float32_head(state_dict: dict, head: str) -> dict:
+    """Weights whose depth head, the module called `head`, is in float32."""
+    return {
+        key: tensor.float() if key.startswith(f"{head}.") and key.endswith(".weight") else tensor
+        for key, tensor in state_dict.items()
+    }
 
 
 def detect_config(state_dict: dict, prefix: str = "") -> dict:

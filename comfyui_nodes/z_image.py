@@ -21,7 +21,7 @@ from mf_diffusers.modality_forcing.depth_stream import timestep_sinusoids
 from mf_diffusers.modality_forcing.noise import velocity_from_clean
 from mf_diffusers.modality_forcing.transformer_z_image import TIME_CHANNELS, TIME_MLP_WIDTH
 
-from .model import ModalityForcing, RGBDLatentFormat
+from .model import ModalityForcing, RGBDLatentFormat, with_float32_head
 
 
 TIME_DIM = 256  # of the vectors that modulate, where the model is as wide
@@ -306,11 +306,7 @@ class ModalityForcingZImageConfig(comfy.supported_models.ZImage):
         return ModalityForcingZImage(self, device=device)
 
     def process_unet_state_dict(self, state_dict):
-        state_dict = super().process_unet_state_dict(state_dict)
-        return {
-            key: tensor.float() if key.startswith("depth_head.") and key.endswith(".weight") else tensor
-            for key, tensor in state_dict.items()
-        }
+        return with_float32_head(super().process_unet_state_dict(state_dict), "depth_head")
 
 
 def detect_config(state_dict: dict, prefix: str = "") -> dict:

@@ -7,15 +7,15 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import load_file
 from tiny import make_pipeline, transformer_inputs
 from tiny_z_image import TINY_Z_IMAGE, graft, make_z_image
-from training_runs import SCENES, run, settings, weights
+from training_runs import SCENES, assert_it_learns, run, settings, weights
 
 from finetune import post_train, pretrain
 from finetune.data.cache import CacheConfig
 from finetune.post_train import PostTrainConfig, make_teacher
-from mf_diffusers import DepthProcessor, ModalityForcingPipeline, ModalityForcingZImageTransformer2DModel
+from mf_diffusers import ModalityForcingPipeline, ModalityForcingZImageTransformer2DModel
 from mf_diffusers.modality_forcing.backbones import BACKBONES
 from mf_diffusers.modality_forcing.latent_tokens import decode_latents, image_to_tokens, tokens_to_latents
-from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
+from mf_diffusers.modality_forcing.objective import ObjectiveConfig
 
 
 def z_image_settings(base, output, mode, *more, **trainer) -> list[str]:
@@ -49,25 +49,7 @@ def test_it_learns(own):
     torch.manual_seed(0)
     base = ZImageTransformer2DModel(**TINY_Z_IMAGE)
     model = ModalityForcingZImageTransformer2DModel.from_base(base, depth_channels=16, own_depth_modulation=own).train()
-    processor, generator = DepthProcessor(patch_size=4), torch.Generator().manual_seed(0)
-    batch = {
-        "latents": torch.randn(1, 6, 16, generator=generator).expand(8, -1, -1),
-        "depth": (torch.rand(1, 1, 8, 12, generator=generator) * 1.9).expand(8, -1, -1, -1),
-        "valid": torch.ones(8, 1, 8, 12, dtype=torch.bool),
-        "prompt_embeds": torch.randn(8, 5, 16, generator=generator),
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    history = []
-    for step in range(60):
-        draws = [torch.Generator().manual_seed(8 * step + i) for i in range(8)]
-        draw = draw_noise(ObjectiveConfig(), (6, 16), (1, 8, 12), [True] * 8, draws)
-        losses = modality_forcing_loss(model, **batch, draw=draw, config=ObjectiveConfig(), depth_processor=processor)
-        losses.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append((losses.rgb.mean().item(), losses.depth.mean().item()))
-    first, last = np.mean(history[:5], axis=0), np.mean(history[-5:], axis=0)
-    assert (last < 0.5 * first).all(), (first, last)
+    assert_it_learns(model, text_channels=16, learning_rate=3e-3)
 
 
 def test_mode_full_freezes_the_refiners_and_resumes(base, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from tiny import (
     randomize,
     transformer_inputs,
 )
+from training_runs import assert_it_learns
 from transformers import T5Config, T5EncoderModel
 
 from mf_diffusers import DepthProcessor, ModalityForcingDiTTransformer2DModel, ModalityForcingPipeline
@@ -299,25 +300,7 @@ def test_the_family_learns(base):
     """A few steps on one batch bring both losses down, from an untrained base on."""
     torch.manual_seed(0)
     model = graft(ModalityForcingDiTTransformer2DModel(**TINY_DIT)).train()
-    processor, generator = DepthProcessor(patch_size=4), seeded()
-    batch = {
-        "latents": torch.randn(1, 6, 16, generator=generator).expand(8, -1, -1),
-        "depth": (torch.rand(1, 1, 8, 12, generator=generator) * 1.9).expand(8, -1, -1, -1),
-        "valid": torch.ones(8, 1, 8, 12, dtype=torch.bool),
-        "prompt_embeds": torch.randn(8, 5, 24, generator=generator),
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    history = []
-    for step in range(60):
-        draws = [seeded(8 * step + i) for i in range(8)]
-        draw = draw_noise(ObjectiveConfig(), (6, 16), (1, 8, 12), [True] * 8, draws)
-        losses = modality_forcing_loss(model, **batch, draw=draw, config=ObjectiveConfig(), depth_processor=processor)
-        losses.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append((losses.rgb.mean().item(), losses.depth.mean().item()))
-    first, last = np.mean(history[:5], axis=0), np.mean(history[-5:], axis=0)
-    assert (last < 0.5 * first).all(), (first, last)
+    assert_it_learns(model, text_channels=24, learning_rate=1e-2)
 
 
 # Pipelines

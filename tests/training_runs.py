@@ -13,6 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import TINY_DIT, TINY_T5, make_pipeline
 
+from mf_diffusers import DepthProcessor
+from mf_diffusers.modality_forcing.objective import ObjectiveConfig, draw_noise, modality_forcing_loss
+
 
 SCENES = "{kind: scenes, split: train, height: 32, width: 32, supersample: 1}"
 ROOT = Path(__file__).parents[1]
@@ -89,6 +92,29 @@ def run(script, arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__name__, "--config", str(config), *arguments])
     monkeypatch.setattr(script, "validate", lambda *args, **kwargs: None)  # has its own test; here it costs seconds
     script.main()
+
+
+def assert_it_learns(model: torch.nn.Module, text_channels: int, learning_rate: float) -> None:
+    """A few steps on one batch bring both losses of a transformer, with tokens of 4 x 4 pixels, below a half."""
+    processor, generator = DepthProcessor(patch_size=4), torch.Generator().manual_seed(0)
+    batch = {
+        "latents": torch.randn(1, 6, 16, generator=generator).expand(8, -1, -1),
+        "depth": (torch.rand(1, 1, 8, 12, generator=generator) * 1.9).expand(8, -1, -1, -1),
+        "valid": torch.ones(8, 1, 8, 12, dtype=torch.bool),
+        "prompt_embeds": torch.randn(8, 5, text_channels, generator=generator),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    history = []
+    for step in range(60):
+        draws = [torch.Generator().manual_seed(8 * step + i) for i in range(8)]
+        draw = draw_noise(ObjectiveConfig(), (6, 16), (1, 8, 12), [True] * 8, draws)
+        losses = modality_forcing_loss(model, **batch, draw=draw, config=ObjectiveConfig(), depth_processor=processor)
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((losses.rgb.mean().item(), losses.depth.mean().item()))
+    first, last = np.mean(history[:5], axis=0), np.mean(history[-5:], axis=0)
+    assert (last < 0.5 * first).all(), (first, last)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
